@@ -1,0 +1,58 @@
+"""What a decoder-only model is: sizes and choices, the same whatever file it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding of one kind of layer (RoFormer, arXiv 2104.09864).
+
+    ``scaling`` is one of ``none``, ``linear``, ``dynamic``, ``yarn``, ``llama3``, ``longrope``;
+    ``parameters`` holds the numbers of that kind under their Hugging Face names.
+    ``frequency_factors`` divides each of the ``rotary_dim / 2`` frequencies (GGUF ``rope_freqs``).
+    """
+
+    theta: float = 10000.0
+    rotary_dim: int = 64
+    scaling: str = "none"
+    parameters: Mapping[str, float | int | list[float]] = field(default_factory=dict)
+    frequency_factors: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and choices of a decoder of the Llama, Mistral, Qwen2, Qwen3 or Gemma 3 family.
+
+    ``layer_windows[i]`` is the sliding window of layer ``i`` in tokens (a token sees itself and
+    the ``window - 1`` before it), or ``None`` where the layer sees everything. Layers with a window
+    use ``rope_local`` where it is set. ``attention_scale`` multiplies the query-key products;
+    ``embedding_scale`` multiplies the embeddings.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    attention_scale: float
+    tie_word_embeddings: bool
+    layer_windows: tuple[int | None, ...]
+    rope_local: RopeConfig | None = None
+    hidden_act: str = "silu"  # or "gelu_tanh"
+    attention_bias: bool = False  # q, k, v
+    attention_out_bias: bool = False  # o
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each head's query and key before RoPE
+    post_norms: bool = False  # RMSNorm of a block's output before it is added (Gemma 3)
+    embedding_scale: float = 1.0
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
