@@ -8,6 +8,7 @@ hours or multiplies strings.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import selectors
@@ -20,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from fallow.errors import ModelFileError, RequestError
-from fallow.models import template_worker
 
+CPU_SECONDS = 2
+MEMORY_BYTES = 512 << 20
+MAX_OUTPUT = 4 << 20  # characters; the longest contexts are well below
 _WALL_SECONDS = 30.0  # beside the limit on processor time, for a machine that is busy with other work
+_WORKER = Path(__file__).with_name("template_worker.py")
 _HOSTILE = (
     "The chat template of this model took more than "
-    f"{template_worker.CPU_SECONDS} s, {template_worker.MEMORY_BYTES >> 20} MiB or "
-    f"{template_worker.MAX_OUTPUT >> 20} Mi characters for one prompt: it is damaged or hostile, use another template."
+    f"{CPU_SECONDS} s, {MEMORY_BYTES >> 20} MiB or {MAX_OUTPUT >> 20} Mi characters for one prompt: "
+    "it is damaged or hostile, use another template."
 )
 
 
@@ -74,11 +78,14 @@ class ChatTemplate:
         reply = _worker.render(request)
         if reply is None or reply["kind"] == "limit":
             raise ModelFileError(_HOSTILE)
+        text = str(reply["text"])
         if reply["kind"] == "template":
-            raise ModelFileError(f"The chat template of this model is broken: {reply['text']}.")
+            raise ModelFileError(f"The chat template of this model is broken: {text.rstrip('.')}.")
         if reply["kind"] == "messages":
-            raise RequestError(f"The model's chat template refuses these messages: {reply['text']}.", param="messages")
-        return str(reply["text"])
+            raise RequestError(
+                f"The model's chat template refuses these messages: {text.rstrip('.')}.", param="messages"
+            )
+        return text
 
 
 def _plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -116,10 +123,9 @@ def _tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
             raise RequestError(f"{where}.tool_calls[{i}].function must have a name.", param="messages")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            try:
+            # An answer that was cut short is no JSON: the template shows it as it is.
+            with contextlib.suppress(ValueError, RecursionError):
                 arguments = json.loads(arguments)
-            except (ValueError, RecursionError):  # an answer that was cut short: the template shows it as it is
-                pass
         plain.append({**call, "function": {**function, "arguments": arguments}})
     return plain
 
@@ -159,10 +165,8 @@ class _Worker:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass
 
     def forget(self) -> None:
         """After a fork: the child process belongs to the parent, whose pipes must not be used."""
@@ -174,7 +178,7 @@ class _Worker:
             self.stop()
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", str(Path(template_worker.__file__))],
+                    [sys.executable, "-P", str(_WORKER), str(CPU_SECONDS), str(MEMORY_BYTES), str(MAX_OUTPUT)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

@@ -47,7 +47,8 @@ class Tokenizer:
         self.vocab_size: int = vocab_size
         self.bos_token_id = bos_token_id if bos_token_id is not None and bos_token_id < vocab_size else None
         self.eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < vocab_size)
-        self.special_ids = frozenset(special_ids | self.eos_token_ids | ({self.bos_token_id} - {None}))
+        bos_ids = set() if self.bos_token_id is None else {self.bos_token_id}
+        self.special_ids: frozenset[int] = frozenset(special_ids | self.eos_token_ids | bos_ids)
         for i in self.special_ids - special_ids:
             self._special_texts[i] = self.token_bytes[i].decode(errors="replace")
             self.token_bytes[i] = b""
@@ -176,10 +177,7 @@ def _from_folder(folder: Path) -> Tokenizer:
     check_document(document)
     ids = {token["content"]: token["id"] for token in document["added_tokens"]}
     vocab = document["model"]["vocab"]
-    if isinstance(vocab, dict):
-        ids = {**vocab, **ids}
-    else:
-        ids = {**{piece: i for i, (piece, _) in enumerate(vocab)}, **ids}
+    ids = (vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}) | ids
     bos = ids.get(_token_name(names.get("bos_token")))
     eos = {ids[name] for name in (_token_name(names.get("eos_token")),) if name in ids}
     for file in ("generation_config.json", "config.json"):
