@@ -1,0 +1,143 @@
+"""One server process: the socket, the signals, and a graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from fallow.errors import FallowError
+from fallow.server.app import create_app
+from fallow.server.record import log_line
+from fallow.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from fallow.engine.engine import Engine
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_POLL_SECONDS = 0.05
+_BACKLOG = 2048
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which on the first signal goes on to answer while it drains, and on the second one stops at once.
+
+    While it drains, ``/health`` and new requests get 503, so a load balancer can see it; uvicorn by itself would
+    close its socket at once. Requests that are not done after ``drain_timeout`` seconds are ended with an error.
+    """
+
+    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+        self._engine = engine
+        self._settings = settings
+        app = create_app(engine, settings)
+        self._gateway = app.state.gateway
+        super().__init__(
+            uvicorn.Config(
+                app,
+                access_log=False,
+                log_level="warning",
+                lifespan="on",
+                server_header=False,
+                timeout_graceful_shutdown=5,
+                ws="none",
+                backlog=_BACKLOG,
+            )
+        )
+
+    def begin_drain(self) -> None:
+        """Refuse what is new, finish what was begun, then end. Safe in a signal handler and on any thread."""
+        if self._gateway.draining:
+            self.should_exit = self.force_exit = True
+        self._gateway.draining = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.begin_drain()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # Not uvicorn's own, which raises the signal again at the end: a drained server ends with exit code 0.
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def main_loop(self) -> None:
+        ends: float | None = None
+        loop = asyncio.get_running_loop()
+        ticks = 0
+        while not await self.on_tick(ticks):
+            ticks = (ticks + 1) % 864000
+            await asyncio.sleep(_POLL_SECONDS)
+            if not self._gateway.draining:
+                continue
+            if ends is None:
+                ends = loop.time() + self._settings.drain_timeout
+                log_line({"event": "draining", "in_flight": self._gateway.in_flight})
+            if self._gateway.in_flight == 0 or loop.time() >= ends:
+                self._gateway.stop()
+                self.should_exit = True
+
+
+def bind(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
+    """A socket at ``host:port`` (0: any free port). Raises ``FallowError`` where that is not possible."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if reuse_port:
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            bound.bind(address)
+        except BaseException:
+            bound.close()
+            raise
+    except (OSError, OverflowError) as error:
+        raise FallowError(f"Cannot listen on {host}:{port}: {error}. Choose another with --host or --port.") from None
+    bound.set_inheritable(False)
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """Where clients reach a bound socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(
+    engine: Engine,
+    settings: ServerSettings | None = None,
+    *,
+    reuse_port: bool = False,
+    on_ready: Callable[[str], Any] | None = None,
+    **options: Any,
+) -> None:
+    """Serve ``engine`` over HTTP until SIGTERM or SIGINT; returns after a graceful drain. The caller closes the engine.
+
+    ``options`` are fields of ``ServerSettings`` (``host``, ``port``, ``api_keys``, ...) and win over ``settings``.
+    ``on_ready(url)`` is called once clients may connect; with ``port=0`` the URL has the port that was free.
+    ``reuse_port`` lets several processes share the port. Raises ``FallowError`` where the port is taken and
+    ``ValueError`` where an option is wrong.
+    """
+    settings = dataclasses.replace(settings or ServerSettings(), **options)
+    server = Server(engine, settings)
+    with bind(settings.host, settings.port, reuse_port=reuse_port) as bound:
+        bound.listen(_BACKLOG)  # from here on clients may connect; they are answered as soon as the loop runs
+        url = url_of(bound)
+        log_line({"event": "ready", "url": url, "model": settings.served_model_name or engine.model_name})
+        if on_ready is not None:
+            on_ready(url)
+        server.run(sockets=[bound])
