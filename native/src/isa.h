@@ -1,0 +1,18 @@
+// The table of kernels of one instruction set; included by one translation unit for each.
+#pragma once
+#include "kernels.h"
+#include "kernels/attention.h"
+#include "kernels/elementwise.h"
+#include "kernels/linear.h"
+#include "kernels/normalise.h"
+#include "kernels/rope.h"
+
+namespace fallow {
+
+template <class S>
+constexpr Kernels make_kernels() {
+  return {S::name,           kernels::linear<S>, kernels::quantise<S>,  kernels::rms_norm<S>, kernels::add<S>,
+          kernels::gate<S>,  kernels::rope<S>,   kernels::attention<S>, kernels::merge<S>,    kernels::finish<S>};
+}
+
+}  // namespace fallow

@@ -1,0 +1,117 @@
+// What the executor asks of the kernels of an instruction set, as plain tasks and a table of functions.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "activations.h"
+#include "packed.h"
+
+namespace fallow {
+
+enum class Epilogue : int { store = 0, add = 1, silu_gate = 2, gelu_gate = 3 };
+
+struct LinearTask {
+  const PackedLinear* weights;
+  ActivationFormat format;
+  const uint8_t* activations;  // [rows], format.row_bytes() each
+  int rows;
+  float* out;  // [rows][out_stride]
+  size_t out_stride;
+  const float* bias;  // [tiles rounded up to even * 16] or null
+  Epilogue epilogue;
+};
+
+// Where the KV cache of one layer keeps its pages. Of a page: for each KV head its keys, bfloat16
+// [head_dim/2][page_size][2], then for each KV head its values, bfloat16 [page_size/2][padded_dim][2],
+// pair j holding tokens j and j + page_size/2.
+constexpr int page_size = 32;
+constexpr int segment_pages = 8;  // softmax is taken a segment at a time, segments are merged in order
+constexpr int segment_tokens = page_size * segment_pages;
+
+struct KvLayout {
+  int num_heads, num_kv_heads, head_dim;
+  int padded_dim() const { return (head_dim + lanes - 1) / lanes * lanes; }
+  size_t head_elements() const { return static_cast<size_t>(padded_dim()) * page_size; }
+  size_t page_bytes() const { return head_elements() * num_kv_heads * 2 * sizeof(uint16_t); }
+  uint16_t* keys(uint8_t* page, int head) const { return reinterpret_cast<uint16_t*>(page) + head * head_elements(); }
+  uint16_t* values(uint8_t* page, int head) const {
+    return reinterpret_cast<uint16_t*>(page) + (num_kv_heads + head) * head_elements();
+  }
+};
+
+// Queries of some rows of one sequence that share a KV head.
+struct AttentionTask {
+  KvLayout layout;
+  const uint16_t* queries;  // [rows][num_heads][padded_dim] bfloat16
+  size_t query_stride;      // elements between rows
+  int kv_head;
+  int rows;            // consecutive tokens; rows * heads of the group <= attention_block
+  int first_position;  // of row 0
+  int window;          // tokens that a query sees, or 0 for all
+  float scale;
+  uint8_t* pool;       // this layer's pages
+  size_t page_stride;  // bytes between pages
+  const int32_t* page_table;
+};
+
+// A query's softmax over part of its keys: maximum, sum and weighted values.
+struct Partial {
+  float maximum, sum;
+};
+
+struct NormTask {
+  const float* x;
+  const float* weight;
+  float eps;
+  int width;
+};
+
+struct RopeTask {
+  KvLayout layout;
+  int position;
+  const float* table;  // [positions][rotary_dim]: cosines, then sines, of rotary_dim / 2 frequencies
+  int rotary_dim;
+  const float* q_norm;  // or null
+  const float* k_norm;
+  float eps;
+  const float* qkv;   // one row: queries, keys, values
+  uint16_t* queries;  // one row of AttentionTask::queries
+  uint8_t* page;
+};
+
+struct Kernels {
+  const char* name;
+  // Tiles [begin, end) of the weights, begin even. scratch: linear_scratch_bytes(in_features).
+  void (*linear)(const LinearTask&, int begin, int end, uint8_t* scratch);
+  void (*quantise)(const float* x, const ActivationFormat&, uint8_t* row);
+  void (*rms_norm)(const NormTask&, float* out);
+  void (*add)(const float* x, float* out, int width);
+  void (*gate)(const float* gate, const float* up, float* out, int width, bool gelu);
+  void (*rope)(const RopeTask&);
+  // Attention of all queries of the task to one segment of their keys. Query (row, head of the group) is number
+  // row * group + head: its partial and its values [padded_dim]. scratch: attention_scratch_floats floats.
+  void (*attention)(const AttentionTask&, int segment, Partial* partials, float* values, float* scratch);
+  // Takes a further segment into a running softmax; segments must come in order.
+  void (*merge)(Partial& state, float* state_values, const Partial& partial, const float* values, int padded_dim);
+  void (*finish)(const Partial& state, const float* state_values, int head_dim, float* out);
+};
+
+inline size_t linear_scratch_bytes(int in_features) { return static_cast<size_t>(in_features) * lanes * 2; }
+
+constexpr int max_head_dim = 512;
+constexpr int attention_block = 24;  // queries that a task holds at most
+constexpr size_t attention_scratch_floats = static_cast<size_t>(attention_block) * segment_tokens;
+
+const Kernels& scalar_kernels();
+#if defined(FALLOW_X86)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+// Names of the instruction sets that this CPU runs, best first; "scalar" is always the last.
+std::vector<std::string> available_isas();
+const Kernels& kernels_of(const std::string& isa);  // throws std::invalid_argument
+
+}  // namespace fallow

@@ -1,0 +1,297 @@
+// out = activations x weights: integer dot products of groups, scaled and summed in float32; or bf16.
+//
+// Every output is computed by the same operations in the same order whatever the number of rows, so a token's result
+// does not depend on what else is in the batch. Limit: one 64-byte integer dot product a cycle and core.
+#pragma once
+#include <algorithm>
+#include <cstring>
+
+#include "../activations.h"
+#include "../kernels.h"
+#include "elementwise.h"
+
+namespace fallow::kernels {
+
+inline int32_t load_quad(const void* p) {
+  int32_t v;
+  std::memcpy(&v, p, 4);
+  return v;
+}
+
+// The pointers of one register tile: MR rows of activations by NR tiles of sixteen weight rows.
+struct TileSource {
+  const uint8_t* activations;
+  size_t stride;  // bytes between rows of activations
+  size_t scales_at, start_at, pairs_at;
+  int groups, pairs;
+  const uint8_t* codes[2];  // 8-bit codes, one 64-byte quad after the other; or packed 4-bit codes
+  const uint8_t* scales[2];
+  const uint8_t* weight_pairs[2];
+};
+
+template <class S, Scales SC>
+inline typename S::F load_scales(const uint8_t* p, int g) {
+  if constexpr (SC == Scales::f16) return S::load_f16(reinterpret_cast<const uint16_t*>(p) + g * lanes);
+  return S::load(reinterpret_cast<const float*>(p) + g * lanes);
+}
+
+template <class S, int MR, int NR>
+inline void start_with_pairs(const TileSource& t, typename S::F (&acc)[MR][NR]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 2
+    for (int n = 0; n < NR; ++n) acc[m][n] = S::zero();
+  }
+  for (int p = 0; p < t.pairs; ++p) {
+    typename S::I w[NR];
+#pragma GCC unroll 2
+    for (int n = 0; n < NR; ++n) w[n] = S::load_bytes(t.weight_pairs[n] + p * 64);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const auto a = S::set1_i32(load_quad(t.activations + m * t.stride + t.pairs_at + p * 4));
+#pragma GCC unroll 2
+      for (int n = 0; n < NR; ++n) acc[m][n] = S::dot_bf16(acc[m][n], w[n], a);
+    }
+  }
+}
+
+// CODES: how the codes lie in memory (q4 or q8).
+template <class S, int MR, int NR, Codes CODES, int GROUP, Scales SC>
+inline void quantised_tile(const TileSource& t, typename S::F (&acc)[MR][NR]) {
+  using I = typename S::I;
+  using F = typename S::F;
+  constexpr int quads = GROUP / 4;
+  constexpr int group_bytes = CODES == Codes::q4 ? GROUP * lanes / 2 : GROUP * lanes;
+  start_with_pairs<S, MR, NR>(t, acc);
+  for (int g = 0; g < t.groups; ++g) {
+    I sum[MR][NR];
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const I start = S::set1_i32(load_quad(t.activations + m * t.stride + t.start_at + g * 4));
+#pragma GCC unroll 2
+      for (int n = 0; n < NR; ++n) sum[m][n] = start;
+    }
+    const uint8_t* codes[NR];
+#pragma GCC unroll 2
+    for (int n = 0; n < NR; ++n) {
+      codes[n] = t.codes[n] + static_cast<size_t>(g) * group_bytes;
+      S::prefetch(codes[n] + 2048);
+      if constexpr (CODES == Codes::q8) S::prefetch(codes[n] + 2048 + 256);
+    }
+    const uint8_t* a = t.activations + g * GROUP;
+    if constexpr (CODES == Codes::q4) {
+#pragma GCC unroll 4
+      for (int j = 0; j < quads / 2; ++j) {
+        I low[NR];
+        I high[NR];
+#pragma GCC unroll 2
+        for (int n = 0; n < NR; ++n) {
+          const I both = S::load_bytes(codes[n] + j * 64);
+          low[n] = S::low_nibbles(both);
+          high[n] = S::high_nibbles(both);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; ++m) {
+          const I x = S::set1_i32(load_quad(a + m * t.stride + j * 4));
+          const I y = S::set1_i32(load_quad(a + m * t.stride + GROUP / 2 + j * 4));
+#pragma GCC unroll 2
+          for (int n = 0; n < NR; ++n) sum[m][n] = S::dot_u4s8(S::dot_u4s8(sum[m][n], low[n], x), high[n], y);
+        }
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int j = 0; j < quads; ++j) {
+        I w[NR];
+#pragma GCC unroll 2
+        for (int n = 0; n < NR; ++n) w[n] = S::load_bytes(codes[n] + j * 64);
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; ++m) {
+          const I x = S::set1_i32(load_quad(a + m * t.stride + j * 4));
+#pragma GCC unroll 2
+          for (int n = 0; n < NR; ++n) sum[m][n] = S::dot_u8s8(sum[m][n], w[n], x);
+        }
+      }
+    }
+    const auto* scale = reinterpret_cast<const float*>(t.activations + t.scales_at) + g;
+    if constexpr (SC == Scales::row) {
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        const F s = S::set1(*reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(scale) + m * t.stride));
+#pragma GCC unroll 2
+        for (int n = 0; n < NR; ++n) acc[m][n] = S::fma(S::to_float(sum[m][n]), s, acc[m][n]);
+      }
+    } else {
+      F ws[NR];
+#pragma GCC unroll 2
+      for (int n = 0; n < NR; ++n) ws[n] = load_scales<S, SC>(t.scales[n], g);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        const F s = S::set1(*reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(scale) + m * t.stride));
+#pragma GCC unroll 2
+        for (int n = 0; n < NR; ++n) acc[m][n] = S::fma(S::to_float(sum[m][n]), S::mul(ws[n], s), acc[m][n]);
+      }
+    }
+  }
+  if constexpr (SC == Scales::row) {
+#pragma GCC unroll 2
+    for (int n = 0; n < NR; ++n) {
+      const F ws = S::load(reinterpret_cast<const float*>(t.scales[n]));
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) acc[m][n] = S::mul(acc[m][n], ws);
+    }
+  }
+}
+
+template <class S, int MR, int NR>
+inline void bf16_tile(const TileSource& t, int in_pairs, typename S::F (&acc)[MR][NR]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 2
+    for (int n = 0; n < NR; ++n) acc[m][n] = S::zero();
+  }
+#pragma GCC unroll 2
+  for (int k = 0; k < in_pairs; ++k) {
+    typename S::I w[NR];
+#pragma GCC unroll 2
+    for (int n = 0; n < NR; ++n) {
+      w[n] = S::load_bytes(t.codes[n] + static_cast<size_t>(k) * 64);
+      S::prefetch(t.codes[n] + static_cast<size_t>(k) * 64 + 2048);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const auto a = S::set1_i32(load_quad(t.activations + m * t.stride + k * 4));
+#pragma GCC unroll 2
+      for (int n = 0; n < NR; ++n) acc[m][n] = S::dot_bf16(acc[m][n], w[n], a);
+    }
+  }
+}
+
+// Puts a register tile where it belongs. Column tiles beyond out_features are dropped.
+template <class S, int MR, int NR>
+inline void finish_tile(const LinearTask& task, int row, int tile, typename S::F (&acc)[MR][NR]) {
+  using F = typename S::F;
+  if (task.bias != nullptr) {
+    for (int n = 0; n < NR; ++n) {
+      const F b = S::load(task.bias + (tile + n) * lanes);
+      for (int m = 0; m < MR; ++m) acc[m][n] = S::add(acc[m][n], b);
+    }
+  }
+  if (task.epilogue == Epilogue::silu_gate || task.epilogue == Epilogue::gelu_gate) {
+    if constexpr (NR == 2) {
+      for (int m = 0; m < MR; ++m) {
+        const F gate = task.epilogue == Epilogue::silu_gate ? silu<S>(acc[m][0]) : gelu_tanh<S>(acc[m][0]);
+        S::store(task.out + (row + m) * task.out_stride + tile / 2 * lanes, S::mul(gate, acc[m][1]));
+      }
+    }
+    return;
+  }
+  for (int n = 0; n < NR; ++n) {
+    const int column = (tile + n) * lanes;
+    const int width = std::min(lanes, task.weights->out_features - column);
+    if (width <= 0) continue;
+    for (int m = 0; m < MR; ++m) {
+      float* out = task.out + (row + m) * task.out_stride + column;
+      if (width == lanes) {
+        S::store(out, task.epilogue == Epilogue::add ? S::add(S::load(out), acc[m][n]) : acc[m][n]);
+        continue;
+      }
+      float part[lanes];
+      S::store(part, acc[m][n]);
+      for (int i = 0; i < width; ++i) out[i] = task.epilogue == Epilogue::add ? out[i] + part[i] : part[i];
+    }
+  }
+}
+
+template <class S, int MR, Codes CODES, int GROUP, Scales SC>
+inline void compute_tile(const LinearTask& task, TileSource& t, int row, int tile) {
+  t.activations = task.activations + static_cast<size_t>(row) * t.stride;
+  typename S::F acc[MR][2];
+  if constexpr (CODES == Codes::bf16) {
+    bf16_tile<S, MR, 2>(t, (task.weights->in_features + 1) / 2, acc);
+  } else {
+    quantised_tile<S, MR, 2, CODES, GROUP, SC>(t, acc);
+  }
+  finish_tile<S, MR, 2>(task, row, tile, acc);
+}
+
+template <class S, Codes CODES, int GROUP, Scales SC>
+inline void compute_rows(const LinearTask& task, TileSource& t, int tile) {
+  int row = 0;
+  while (row < task.rows) {
+    const int left = task.rows - row;
+    // Split evenly instead of leaving a small last tile: 8 rows are 4 + 4, not 6 + 2.
+    const int steps = (left + S::max_rows - 1) / S::max_rows;
+    const int take = (left + steps - 1) / steps;
+    switch (take) {
+      case 1: compute_tile<S, 1, CODES, GROUP, SC>(task, t, row, tile); break;
+      case 2: compute_tile<S, 2, CODES, GROUP, SC>(task, t, row, tile); break;
+      case 3: compute_tile<S, 3, CODES, GROUP, SC>(task, t, row, tile); break;
+      case 4: compute_tile<S, 4, CODES, GROUP, SC>(task, t, row, tile); break;
+      case 5: compute_tile<S, 5, CODES, GROUP, SC>(task, t, row, tile); break;
+      default: compute_tile<S, 6, CODES, GROUP, SC>(task, t, row, tile); break;
+    }
+    row += take;
+  }
+}
+
+// 4-bit codes of a tile as 8-bit quads in the order in which the 8-bit kernel reads them.
+template <class S>
+inline void widen_codes(const uint8_t* packed, int groups, uint8_t* out) {
+  for (int g = 0; g < groups; ++g, packed += 256, out += 512) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const auto both = S::load_bytes(packed + j * 64);
+      S::store_bytes(out + j * 64, S::low_nibbles(both));
+      S::store_bytes(out + 256 + j * 64, S::high_nibbles(both));
+    }
+  }
+}
+
+template <class S, Codes CODES, int GROUP, Scales SC>
+void linear_tiles(const LinearTask& task, int begin, int end, uint8_t* scratch) {
+  const PackedLinear& w = *task.weights;
+  TileSource t{};
+  t.stride = task.format.row_bytes();
+  t.scales_at = task.format.scales_at();
+  t.start_at = task.format.start_at(w.codes == Codes::q8);
+  t.pairs_at = task.format.pairs_at();
+  t.groups = w.groups;
+  t.pairs = w.pairs;
+  // Widening pays once the codes are used by more than one register tile.
+  const bool widen = CODES == Codes::q4 && task.rows > S::max_rows;
+  for (int tile = begin; tile < end; tile += 2) {
+    for (int n = 0; n < 2; ++n) {
+      const uint8_t* p = w.tile(tile + n);
+      t.codes[n] = p;
+      t.scales[n] = p + w.scales_at;
+      t.weight_pairs[n] = p + w.pairs_at;
+      if (widen) {
+        uint8_t* wide = scratch + static_cast<size_t>(n) * w.in_features * lanes;
+        widen_codes<S>(p, w.groups, wide);
+        t.codes[n] = wide;
+      }
+    }
+    if (widen) {
+      compute_rows<S, Codes::q8, GROUP, SC>(task, t, tile);
+    } else {
+      compute_rows<S, CODES, GROUP, SC>(task, t, tile);
+    }
+  }
+}
+
+// Tiles [begin, end) of the weights, begin even. `scratch`: 32 bytes a column.
+template <class S>
+void linear(const LinearTask& task, int begin, int end, uint8_t* scratch) {
+  const PackedLinear& w = *task.weights;
+  if (w.codes == Codes::bf16) return linear_tiles<S, Codes::bf16, 0, Scales::none>(task, begin, end, scratch);
+  if (w.codes == Codes::q4) {
+    if (w.scales == Scales::f16) return linear_tiles<S, Codes::q4, 32, Scales::f16>(task, begin, end, scratch);
+    return linear_tiles<S, Codes::q4, 32, Scales::f32>(task, begin, end, scratch);
+  }
+  if (w.scales == Scales::row) return linear_tiles<S, Codes::q8, 32, Scales::row>(task, begin, end, scratch);
+  if (w.group == 16) return linear_tiles<S, Codes::q8, 16, Scales::f32>(task, begin, end, scratch);
+  if (w.scales == Scales::f16) return linear_tiles<S, Codes::q8, 32, Scales::f16>(task, begin, end, scratch);
+  return linear_tiles<S, Codes::q8, 32, Scales::f32>(task, begin, end, scratch);
+}
+
+}  // namespace fallow::kernels

@@ -1,0 +1,66 @@
+// A weight matrix in the one layout that all kernels read: tiles of sixteen rows, lanes are rows.
+//
+// A tile holds, one after the other, each 64-byte aligned:
+//   codes   4-bit: [group][4][16 rows][4 bytes]; byte b of quad j holds code 4j+b low, 16+4j+b high (group of 32)
+//           8-bit: [group][group/4][16 rows][4 codes]
+//           bf16:  [in_features/2][16 rows][2]
+//   scales  [group][16 rows] float16 or float32, or one float32 a row
+//   pairs   [pair][16 rows][2] bfloat16: what is multiplied with a token's own pairs (activations.h)
+// A code c of a group stands for scale * (c - zero) + offset, zero being 8 for 4-bit and 128 for 8-bit codes.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "memory.h"
+
+namespace fallow {
+
+enum class Codes : int { q4 = 4, q8 = 8, bf16 = 16 };
+enum class Scales : int { none = 0, f16 = 1, f32 = 2, row = 3 };
+// What the pairs of a quantised matrix carry, in the order of two bfloat16 values:
+//   offsets: (offset of group 2p, of 2p+1)          sums: (sum of the weights of group 2p, of 2p+1)
+//   both:    (sum of the weights of group p, offset of group p)
+enum class Pairs : int { none = 0, offsets = 1, sums = 2, both = 3 };
+
+constexpr int lanes = 16;
+
+struct PackedLinear {
+  int out_features = 0;
+  int in_features = 0;
+  int tiles = 0;   // ceil(out_features / 16); rows beyond are zero
+  int groups = 0;  // of in_features; 0 for bf16
+  int group = 0;   // 32 or 16
+  Codes codes = Codes::q8;
+  Scales scales = Scales::none;
+  Pairs pairs_kind = Pairs::none;
+  int pairs = 0;  // bfloat16 pairs a row
+  size_t scales_at = 0, pairs_at = 0, tile_bytes = 0;  // offsets within a tile
+  Memory memory;
+
+  uint8_t* tile(int t) const { return memory.data() + static_cast<size_t>(t) * tile_bytes; }
+  int zero() const { return codes == Codes::q4 ? 8 : 128; }
+  size_t bytes() const { return memory.size(); }
+};
+
+// One source of rows: `data` holds `rows` rows of a storage type in GGUF's block format ("F32", "Q4_1", ...).
+struct RowSource {
+  std::string type;
+  const uint8_t* data = nullptr;
+  size_t bytes = 0;
+  int rows = 0;
+};
+
+struct PackOptions {
+  bool interleave = false;  // two sources of equal height: tile 2i of the first, tile 2i+1 of the second
+  bool asymmetric = false;  // activations will carry a midpoint a group: keep the sums of the weights
+  std::string precision;    // "own", or "q8": 8-bit codes with one scale a row, or "bf16"
+};
+
+// Packs the sources, one below the other. Throws std::invalid_argument on a type, shape or size that does not fit.
+PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features, const PackOptions& options);
+
+// Row `row` as the kernels see it, float32 [in_features].
+void unpack_row(const PackedLinear& w, int row, float* out);
+
+}  // namespace fallow

@@ -1,0 +1,185 @@
+// A program: a flat list of operations on preallocated buffers, laid out once by Python, executed here for each step.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "packed.h"
+#include "pool.h"
+
+namespace fallow {
+
+// Operations name their operands by number: buffers are float32 [rows][width], activations are rows for the linear
+// kernels, weights and vectors are constants. Rows are all tokens of a step, or, after a gather, its logit rows.
+namespace op {
+struct Embed {
+  int weights, out;
+  float scale;
+};
+struct Norm {  // out = rms_norm(x) * weight
+  int x, weight, out;
+  float eps;
+};
+struct NormQuantise {  // the same, straight into activations
+  int x, weight;
+  std::vector<int> out;
+  float eps;
+};
+struct Quantise {
+  int x, out;
+};
+struct Linear {
+  int activations, weights, bias, out, column;  // bias: vector or -1
+  Epilogue epilogue;
+};
+struct Rope {
+  int qkv, table, rotary_dim, q_norm, k_norm;  // norms: vector or -1
+  float eps;
+  int layer;
+};
+struct Attention {
+  int out, layer, window;
+  float scale;
+};
+struct Add {
+  int x, out;
+};
+struct Gate {
+  int gate, up, out;
+  bool gelu;
+};
+struct Gather {  // rows of logit_rows
+  int x, out;
+};
+}  // namespace op
+
+using Operation = std::variant<op::Embed, op::Norm, op::NormQuantise, op::Quantise, op::Linear, op::Rope, op::Attention,
+                               op::Add, op::Gate, op::Gather>;
+
+struct Limits {
+  int max_tokens, max_sequences, max_logit_rows, num_pages, max_positions;
+};
+
+// One step, all checked by Program::check.
+struct Step {
+  const int32_t* tokens;
+  int num_tokens;
+  const int32_t* row_offsets;
+  const int32_t* start_positions;
+  int num_sequences;
+  const int32_t* page_table;
+  int table_width;
+  const int32_t* logit_rows;
+  int num_logit_rows;
+};
+
+class Program {
+ public:
+  Program(int threads, const std::string& isa, KvLayout layout, int num_layers, Limits limits);
+
+  int add_buffer(int width);
+  int add_activations(const ActivationFormat& format);
+  int add_weights(PackedLinear weights);
+  int add_vector(std::vector<float> values);
+  void add(Operation operation);
+  // Checks every operand of every operation and allocates. Throws std::invalid_argument.
+  void finish(int logits_buffer);
+
+  // Throws std::invalid_argument where the step does not fit the program or its limits.
+  void check(const Step& step) const;
+  void run(const Step& step);
+
+  const float* logits() const { return buffers_[logits_].memory.as<float>(); }
+  int vocab_size() const { return buffers_[logits_].width; }
+  size_t logits_stride() const { return buffers_[logits_].stride; }
+  const PackedLinear& weights(int i) const { return *weights_.at(i); }
+  const Limits& limits() const { return limits_; }
+  ThreadPool& pool() { return pool_; }
+  size_t weight_bytes() const;
+  size_t page_bytes() const { return layout_.page_bytes() * num_layers_; }
+  const char* isa() const { return kernels_.name; }
+
+ private:
+  struct Buffer {
+    int width;
+    size_t stride;  // floats between rows: kernels write whole vectors of sixteen
+    Memory memory;
+  };
+  struct Activations {
+    ActivationFormat format;
+    Memory memory;
+  };
+  // A block of queries that share a KV head; segment < 0: all segments one after the other.
+  struct AttentionItem {
+    int sequence, row, rows, first_position, kv_head, segment, partial;
+  };
+  struct ThreadScratch {
+    Memory linear, row, scores, values, state;
+    std::vector<Partial> partials, states;
+  };
+
+  void plan_attention(const Step& step);
+  void execute(int thread);
+  void execute(const op::Embed&, int index, int thread);
+  void execute(const op::Norm&, int index, int thread);
+  void execute(const op::NormQuantise&, int index, int thread);
+  void execute(const op::Quantise&, int index, int thread);
+  void execute(const op::Linear&, int index, int thread);
+  void execute(const op::Rope&, int index, int thread);
+  void execute(const op::Attention&, int index, int thread);
+  void execute(const op::Add&, int index, int thread);
+  void execute(const op::Gate&, int index, int thread);
+  void execute(const op::Gather&, int index, int thread);
+
+  void attend(const op::Attention&, const AttentionItem&, ThreadScratch&);
+  void attend_segment(const op::Attention&, const AttentionItem&, ThreadScratch&);
+  void merge_segments(const op::Attention&, const AttentionItem&, ThreadScratch&);
+  AttentionTask attention_task(const op::Attention&, const AttentionItem&) const;
+
+  int rows(int index) const { return row_kind_[index] == 1 ? step_.num_logit_rows : step_.num_tokens; }
+  float* row(int buffer, int r) const {
+    return buffers_[buffer].memory.as<float>() + static_cast<size_t>(r) * buffers_[buffer].stride;
+  }
+  uint8_t* activation_row(int activations, int r) const {
+    return activations_[activations].memory.data() + static_cast<size_t>(r) * activations_[activations].format.row_bytes();
+  }
+  uint8_t* page(int layer, int page) const {
+    return pool_memory_.data() + static_cast<size_t>(page) * page_bytes() + static_cast<size_t>(layer) * layout_.page_bytes();
+  }
+  // Calls f(row) for the rows of operation `index` that are this thread's.
+  template <class F>
+  void for_rows(int index, int thread, const F& f) const {
+    const int n = rows(index);
+    const int64_t threads = pool_.size();
+    for (int r = static_cast<int>(n * int64_t{thread} / threads); r < static_cast<int>(n * (int64_t{thread} + 1) / threads); ++r) f(r);
+  }
+
+  const Kernels& kernels_;
+  KvLayout layout_;
+  int num_layers_;
+  Limits limits_;
+  ThreadPool pool_;
+  std::vector<Buffer> buffers_;
+  std::vector<Activations> activations_;
+  std::vector<std::unique_ptr<PackedLinear>> weights_;
+  std::vector<std::vector<float>> vectors_;
+  std::vector<Operation> operations_;
+  std::vector<int> row_kind_;  // of each operation: 0 tokens, 1 logit rows
+  int logits_ = -1;
+  Memory pool_memory_;
+  Memory queries_;
+  std::vector<ThreadScratch> scratch_;
+
+  Step step_{};
+  std::vector<int> row_sequence_, row_position_;
+  std::vector<AttentionItem> items_, merges_;
+  std::vector<Partial> split_partials_;
+  Memory split_values_;
+  std::unique_ptr<std::atomic<int>[]> next_;
+};
+
+}  // namespace fallow

@@ -1,0 +1,98 @@
+// Sixteen lanes in AVX-512 (F, BW, DQ, VL, VNNI, BF16).
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace fallow {
+
+struct Avx512 {
+  static constexpr const char* name = "avx512";
+  static constexpr int max_rows = 6;  // rows of a register tile, by two blocks of sixteen lanes
+
+  using F = __m512;   // 16 float32
+  using I = __m512i;  // 16 int32, 64 bytes, or 16 pairs of bfloat16
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // x * 2^n for integral n within the range of float32 exponents
+  static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }
+  static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+  static I to_int(F x) { return _mm512_cvtps_epi32(x); }
+  // lanes with index >= n become `fill`
+  static F keep_first(F x, int n, float fill) {
+    const __mmask16 m = n >= 16 ? 0xffff : (n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1));
+    return _mm512_mask_blend_ps(m, _mm512_set1_ps(fill), x);
+  }
+  // lanes with index < n become `fill`
+  static F drop_first(F x, int n, float fill) {
+    const __mmask16 m = n >= 16 ? 0xffff : (n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1));
+    return _mm512_mask_blend_ps(m, x, _mm512_set1_ps(fill));
+  }
+  // Sum and maximum over lanes in one fixed tree.
+  static float sum(F x) {
+    const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    return sum8(h);
+  }
+  static float sum8(__m256 h) {
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+  }
+  static float max_of(F x) {
+    const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+  }
+
+  static I izero() { return _mm512_setzero_si512(); }
+  static I load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+  static void store_bytes(void* p, I x) { _mm512_storeu_si512(p, x); }
+  static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I set1_i32(int32_t x) { return _mm512_set1_epi32(x); }
+  static I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+  static I high_nibbles(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+  // acc[lane] += sum over 4 bytes of unsigned u times signed s
+  static I dot_u8s8(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
+  static I dot_u4s8(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
+
+  static F load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F load_bf16(const uint16_t* p) {
+    const __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+  }
+  static void store_bf16(uint16_t* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+  }
+  // lane i holds the pair (even[i], odd[i]) rounded to bfloat16
+  static I pair_bf16(F even, F odd) {
+    const __m512i e = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(even)));
+    const __m512i o = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(odd)));
+    return _mm512_or_si512(e, _mm512_slli_epi32(o, 16));
+  }
+  // acc[lane] += a.even * b.even + a.odd * b.odd over pairs of bfloat16
+  static F dot_bf16(F acc, I a, I b) {
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  static void store_s8(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x)); }
+  // keeps the even value of each pair of bfloat16, the odd one becomes 0
+  static I even_only(I x) { return _mm512_and_si512(x, _mm512_set1_epi32(0xffff)); }
+  static int32_t isum(I x) { return _mm512_reduce_add_epi32(x); }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+}  // namespace fallow

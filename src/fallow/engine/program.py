@@ -1,0 +1,207 @@
+"""A decoder laid out as a native program: which operations run on which buffers, once for every step.
+
+A new architecture is another function here. The places where the axes of a sparsity plan go: ``ffn`` at the gated
+and the down projection, ``input`` at any ``_linear``, ``attention`` at the attention operation (whose page table may
+list fewer pages), ``head`` at the last linear, ``structure`` in the shapes that the checkpoint brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fallow import _native
+from fallow.engine.rope import rope_table
+from fallow.models.config import ModelConfig
+from fallow.models.dequantize import dequantize
+from fallow.models.quantize import quantize_q4_1
+from fallow.models.tensors import Checkpoint, RawTensor, TensorType
+
+FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
+
+
+@dataclass
+class ProgramBuilder:
+    """Packs tensors into a native program and remembers what became of each.
+
+    ``precision``: ``auto`` keeps blocks as they are in the file and rounds floats to bf16; ``q8`` makes 8-bit codes with
+    a scale a row of everything, ``bf16`` rounds everything, ``q4`` makes 4-bit groups of 32 of what is in floating point.
+    """
+
+    program: _native.Program
+    checkpoint: Checkpoint
+    precision: str
+    report: dict[str, str] = field(default_factory=dict)
+
+    def vector(self, name: str) -> int:
+        tensor = self.checkpoint.tensors.get(name)
+        if tensor is None:
+            return -1
+        return self.program.vector(np.ascontiguousarray(dequantize(tensor).reshape(-1), np.float32))
+
+    def weights(self, names: list[str], *, interleave: bool = False, asymmetric: bool = False) -> int:
+        tensors = [self.checkpoint.tensors[name] for name in names]
+        precision = {"q8": "q8", "bf16": "bf16"}.get(self.precision, "own")
+        weights = self.program.weights(
+            [self._source(t) for t in tensors],
+            tensors[0].shape[1],
+            interleave=interleave,
+            asymmetric=asymmetric,
+            precision=precision,
+        )
+        codes = self.program.describe(weights)
+        for tensor in tensors:
+            self.report[tensor.name] = f"{tensor.type.name} as {codes['codes']}"
+        return weights
+
+    def packs_together(self, names: list[str]) -> bool:
+        """Whether tensors may share one packed matrix: stored alike, or all converted to the same."""
+        kinds = {self._stored(self.checkpoint.tensors[name]) for name in names}
+        return self.precision in ("q8", "bf16") or len(kinds) == 1
+
+    def _stored(self, tensor: RawTensor) -> str:
+        return "Q4_1" if self.precision == "q4" and tensor.type in FLOATS else tensor.type.name
+
+    def _source(self, tensor: RawTensor) -> tuple[str, np.ndarray[tuple[int, int], np.dtype[np.uint8]]]:
+        data = tensor.read()
+        if self._stored(tensor) != tensor.type.name:
+            data = quantize_q4_1(dequantize(tensor))
+        return self._stored(tensor), np.ascontiguousarray(data)
+
+
+class DecoderProgram:
+    """The Llama, Mistral, Qwen2, Qwen3 and Gemma 3 decoders, which differ in a few optional operations only."""
+
+    def __init__(self, builder: ProgramBuilder, positions: int) -> None:
+        self._builder = builder
+        self._program = builder.program
+        self._config = builder.checkpoint.config
+        config = self._config
+        self._x = self._program.buffer(config.hidden_size)
+        self._branch = self._program.buffer(config.hidden_size) if config.post_norms else -1
+        self._qkv = self._program.buffer((config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim)
+        self._attended = self._program.buffer(config.num_attention_heads * config.head_dim)
+        self._inner = self._program.buffer(config.intermediate_size)
+        self._gate_up: tuple[int, int] | None = None
+        self._activations: dict[tuple[object, ...], int] = {}
+        self._tables = {
+            local: self._program.vector(rope_table(rope, positions).reshape(-1))
+            for local, rope in ((False, config.rope), (True, config.rope_local))
+            if rope is not None
+        }
+        self._build()
+
+    def _build(self) -> None:
+        config, program, builder = self._config, self._program, self._builder
+        # The head's inputs have one-sided outliers: a midpoint a group costs little there and spares most of the error.
+        table = builder.weights(["embed_tokens"], asymmetric=config.tie_word_embeddings)
+        program.embed(table, self._x, config.embedding_scale)
+        for layer in range(config.num_hidden_layers):
+            self._attention(layer)
+            self._feed_forward(layer)
+        last = program.buffer(config.hidden_size)
+        program.gather(self._x, last)
+        head = table if config.tie_word_embeddings else builder.weights(["lm_head"], asymmetric=True)
+        logits = program.buffer(config.vocab_size)
+        norm = builder.vector("norm")
+        activations = program.activations_for(head)
+        program.norm_quantise(last, norm, [activations], config.rms_norm_eps)
+        program.linear(activations, head, logits)
+        program.finish(logits)
+
+    def _attention(self, layer: int) -> None:
+        config, program, builder = self._config, self._program, self._builder
+        name = f"layers.{layer}."
+        width = config.num_key_value_heads * config.head_dim
+        rows = {"q_proj": config.num_attention_heads * config.head_dim, "k_proj": width, "v_proj": width}
+        parts = [name + part for part in rows]
+        groups = [parts] if builder.packs_together(parts) else [[part] for part in parts]
+        matrices = [builder.weights(group) for group in groups]
+        biases = [self._bias(group) for group in groups]
+        inputs = self._normed(self._x, name + "attention_norm", matrices)
+        column = 0
+        for group, weights, activations, bias in zip(groups, matrices, inputs, biases, strict=True):
+            program.linear(activations, weights, self._qkv, bias=bias, column=column)
+            column += sum(rows[part.removeprefix(name)] for part in group)
+        window = config.layer_windows[layer]
+        local = window is not None and config.rope_local is not None
+        rope = config.rope_local if local and config.rope_local is not None else config.rope
+        program.rope(
+            self._qkv,
+            self._tables[local],
+            rope.rotary_dim,
+            q_norm=builder.vector(name + "q_norm"),
+            k_norm=builder.vector(name + "k_norm"),
+            eps=config.rms_norm_eps,
+            layer=layer,
+        )
+        program.attention(self._attended, layer=layer, window=window or 0, scale=config.attention_scale)
+        self._project(self._attended, name + "o_proj", name + "attention_post_norm")
+
+    def _feed_forward(self, layer: int) -> None:
+        config, program, builder = self._config, self._program, self._builder
+        name = f"layers.{layer}."
+        parts = [name + "gate_proj", name + "up_proj"]
+        gelu = config.hidden_act == "gelu_tanh"
+        if builder.packs_together(parts) and not config.mlp_bias and config.intermediate_size % 16 == 0:
+            weights = builder.weights(parts, interleave=True)
+            (activations,) = self._normed(self._x, name + "ffn_norm", [weights])
+            program.linear(activations, weights, self._inner, epilogue="gelu_gate" if gelu else "silu_gate")
+        else:
+            if self._gate_up is None:
+                self._gate_up = (program.buffer(config.intermediate_size), program.buffer(config.intermediate_size))
+            matrices = [builder.weights([part]) for part in parts]
+            inputs = self._normed(self._x, name + "ffn_norm", matrices)
+            for part, weights, activations, out in zip(parts, matrices, inputs, self._gate_up, strict=True):
+                program.linear(activations, weights, out, bias=self._bias([part]))
+            program.gate(*self._gate_up, self._inner, gelu=gelu)
+        self._project(self._inner, name + "down_proj", name + "ffn_post_norm")
+
+    def _project(self, x: int, name: str, post_norm: str) -> None:
+        """Back to the residual stream, through a norm where the family has one after the block."""
+        config, program, builder = self._config, self._program, self._builder
+        weights = builder.weights([name])
+        activations = self._activation(weights)
+        program.quantise(x, activations)
+        if not config.post_norms:
+            program.linear(activations, weights, self._x, bias=self._bias([name]), epilogue="add")
+            return
+        program.linear(activations, weights, self._branch, bias=self._bias([name]))
+        program.norm(self._branch, builder.vector(post_norm), self._branch, config.rms_norm_eps)
+        program.add(self._branch, self._x)
+
+    def _normed(self, x: int, norm: str, matrices: list[int]) -> list[int]:
+        """The normalised ``x`` in the form that each matrix reads."""
+        activations = [self._activation(weights) for weights in matrices]
+        distinct = list(dict.fromkeys(activations))
+        self._program.norm_quantise(x, self._builder.vector(norm), distinct, self._config.rms_norm_eps)
+        return activations
+
+    def _activation(self, weights: int) -> int:
+        """One buffer of activations for all matrices that read them in the same form."""
+        form = self._program.describe(weights)
+        key = (form["in_features"], form["codes"] == "bf16", form["group"], form["pairs"])
+        if key not in self._activations:
+            self._activations[key] = self._program.activations_for(weights)
+        return self._activations[key]
+
+    def _bias(self, names: list[str]) -> int:
+        tensors = [self._builder.checkpoint.tensors.get(f"{name}.bias") for name in names]
+        if all(tensor is None for tensor in tensors):
+            return -1
+        rows = [self._builder.checkpoint.tensors[name].shape[0] for name in names]
+        values = [
+            np.zeros(n, np.float32) if tensor is None else dequantize(tensor).reshape(-1)
+            for tensor, n in zip(tensors, rows, strict=True)
+        ]
+        return self._program.vector(np.concatenate(values).astype(np.float32))
+
+
+Layout = Callable[[ProgramBuilder, int], object]
+LAYOUTS: dict[str, Layout] = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma3"), DecoderProgram)
+
+
+def layout_of(config: ModelConfig) -> Layout:
+    return LAYOUTS[config.architecture]

@@ -1,0 +1,152 @@
+"""Runs steps of a model on the native core: packs the weights, owns the KV pages, returns sampled tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fallow import _native
+from fallow.engine.batch import SAMPLING_DTYPE, StepBatch, StepResult
+from fallow.engine.program import ProgramBuilder, layout_of
+from fallow.engine.rope import longest_context
+from fallow.errors import FallowError, ModelFileError
+from fallow.models.tensors import Checkpoint
+from fallow.plan import SparsityPlan
+
+Precision = Literal["auto", "bf16", "q8", "q4"]
+PRECISIONS: tuple[Precision, ...] = ("auto", "bf16", "q8", "q4")
+LOGITS_BYTES = 64 << 20
+SCORED_ROWS = 128
+
+
+class ModelRunner:
+    """One model, its KV cache and its threads. One step at a time, from one thread at a time.
+
+    ``threads``: ``None`` takes the physical cores that the process may use. ``num_pages`` pages of ``page_size``
+    tokens hold the keys and values; memory is taken as pages are first written. ``isa`` chooses the instruction set
+    (tests; the best that the CPU runs otherwise).
+
+    Raises ``ModelFileError`` for a checkpoint, ``FallowError`` for an option that cannot be served.
+    """
+
+    page_size: int = _native.page_size
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        precision: Precision = "auto",
+        threads: int | None = None,
+        num_pages: int,
+        max_step_tokens: int = 512,
+        max_step_sequences: int = 64,
+        plan: SparsityPlan | None = None,
+        isa: str | None = None,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise FallowError(f"precision {precision!r} is not known: use one of {', '.join(PRECISIONS)}.")
+        if threads is not None and not 1 <= threads <= 1024:
+            raise FallowError(f"threads must be from 1 to 1024, not {threads}.")
+        if plan is not None:
+            plan.require_dense()
+        self.config = config = checkpoint.config
+        self.vocab_size = config.vocab_size
+        self.num_pages = num_pages
+        self.threads = threads or _native.usable_cores()
+        self.max_context = min(
+            longest_context(config.rope, config.max_position_embeddings), num_pages * self.page_size
+        )
+        rows = max(max_step_sequences, min(SCORED_ROWS, LOGITS_BYTES // (4 * config.vocab_size)))
+        self._max_step_tokens = max_step_tokens
+        self._max_logit_rows = rows
+        try:
+            self._program = _native.Program(
+                threads=self.threads,
+                isa=isa or _native.available_isas()[0],
+                num_heads=config.num_attention_heads,
+                num_kv_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                num_layers=config.num_hidden_layers,
+                max_tokens=max_step_tokens,
+                max_sequences=max_step_sequences,
+                max_logit_rows=rows,
+                num_pages=num_pages,
+                max_positions=self.max_context,
+            )
+            builder = ProgramBuilder(self._program, checkpoint, precision)
+            layout_of(config)(builder, self.max_context)
+        except FallowError:
+            raise
+        except (ValueError, MemoryError) as error:
+            raise ModelFileError(f"{checkpoint.path} cannot be run: {error or 'not enough memory'}.") from error
+        self.precision = precision
+        self.precision_report = builder.report
+        self.page_bytes: int = self._program.page_bytes
+        self.isa: str = self._program.isa
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the packed weights and of a full KV cache."""
+        return int(self._program.weight_bytes) + self.num_pages * self.page_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        return int(self._program.weight_bytes)
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """Computes one step and samples a token for each of its logit rows. Releases the interpreter lock."""
+        tokens, logprobs, top_tokens, top_logprobs = self._program.step(
+            batch.tokens,
+            batch.row_offsets,
+            batch.start_positions,
+            batch.page_table,
+            batch.logit_rows,
+            batch.sampling.view(np.uint8).reshape(-1, SAMPLING_DTYPE.itemsize),
+            batch.bias_offsets,
+            batch.bias_tokens,
+            batch.bias_values,
+            batch.repeated_offsets,
+            batch.repeated_tokens,
+            batch.allowed,
+        )
+        return StepResult(tokens, logprobs, top_tokens, top_logprobs)
+
+    def logits(self, tokens: npt.ArrayLike, *, chunk: int = 512) -> npt.NDArray[np.float32]:
+        """Logits after each token, float32 ``[T, vocab]``. Uses the pages from 0 on: not beside ``step``."""
+        parts = []
+        for rows, _ in self._passes(tokens, chunk):
+            parts.append(self._program.logits(rows))
+        return np.concatenate(parts)
+
+    def score(self, tokens: npt.ArrayLike, *, chunk: int = 512) -> npt.NDArray[np.float32]:
+        """Log-probability of each token after the first, float32 ``[T - 1]``. Not beside ``step``, as ``logits``."""
+        ids = np.asarray(tokens, np.int32)
+        scores = np.empty(max(ids.size - 1, 0), np.float32)
+        for rows, start in self._passes(ids[:-1], chunk):
+            targets = ids[start + 1 : start + 1 + rows]
+            scores[start : start + rows] = self._program.log_probabilities(np.ascontiguousarray(targets))
+        return scores
+
+    def _passes(self, tokens: npt.ArrayLike, chunk: int):  # type: ignore[no-untyped-def]
+        """Feeds one sequence through from position 0, yielding how many rows have logits and the first one's position."""
+        ids = np.ascontiguousarray(tokens, np.int32)
+        if ids.size > self.max_context:
+            raise FallowError(f"{ids.size} tokens do not fit the context of {self.max_context}.")
+        pages = np.arange(-(-ids.size // self.page_size), dtype=np.int32)[None, :]
+        step = min(chunk, self._max_step_tokens, self._max_logit_rows)
+        for start in range(0, ids.size, step):
+            rows = min(step, ids.size - start)
+            self._program.run(
+                ids[start : start + rows],
+                np.array([0, rows], np.int32),
+                np.array([start], np.int32),
+                pages,
+                np.arange(rows, dtype=np.int32),
+            )
+            yield rows, start
+
+    def close(self) -> None:
+        """Frees the weights and the KV cache; the runner cannot be used afterwards."""
+        del self._program
