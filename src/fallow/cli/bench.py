@@ -1,0 +1,13 @@
+"""``fallow bench``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fallow.cli.options import DEFAULT_MODEL, Json, Model, Precision, Threads
+
+
+def bench(model: Model = DEFAULT_MODEL, threads: Threads = None, json: Json = False) -> None:
+    """The cost table of MODEL, ours and the peers', in one run."""

@@ -1,0 +1,41 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fallow.terminal import progress
+
+DEFAULT_MODEL = "smollm2-135m"
+
+Precisions = Literal["auto", "bf16", "q8", "q4"]
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A known name, a hub id, a GGUF file or a Hugging Face folder."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Precision = Annotated[
+    Precisions,
+    typer.Option(help="auto keeps the file's own; the others convert from floating point."),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, show_default="as many as cores may be used", help="Threads of the engine."),
+]
+
+
+def example(*lines: str) -> str:
+    """The end of a command's help: what to type."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def fetch(model: str) -> Path:
+    """Where a model lies; it is fetched, under a progress bar, where it is not there yet."""
+    from fallow.models.store import resolve
+
+    with progress(unit="bytes") as bar:
+        return resolve(model, progress=bar)
