@@ -38,8 +38,9 @@ class Tokenizer:
         add_eos_token: bool | None = None,
         chat_template: str | None = None,
     ) -> None:
-        """Build from the content of a tokenizer.json. ``add_bos_token`` and ``add_eos_token`` override what its
-        post-processor puts around a text. Raises ``ModelFileError`` where the document is not sound."""
+        """Build from the content of a tokenizer.json. ``add_bos_token`` and ``add_eos_token`` replace what its
+        post-processor puts around a text; None leaves it as it is. Raises ``ModelFileError`` where the
+        document is not sound."""
         check_document(document)
         self.backend: tokenizers.Tokenizer = _guarded("tokenizer.json", _build_backend, document)
         special_ids = {token["id"] for token in document["added_tokens"] if token.get("special") is True}
@@ -187,8 +188,6 @@ def _from_folder(folder: Path) -> Tokenizer:
         document,
         bos_token_id=bos,
         eos_token_ids=eos,
-        add_bos_token=_optional_flag(config, "add_bos_token"),
-        add_eos_token=_optional_flag(config, "add_eos_token"),
         chat_template=_folder_template(folder, config),
     )
 
@@ -199,8 +198,8 @@ def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         return _read_text(file, MAX_TEMPLATE_BYTES)
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        named = [t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0] if named else None
     return template if isinstance(template, str) else None
 
 
@@ -208,11 +207,6 @@ def _token_name(value: object) -> str | None:
     if isinstance(value, dict):  # an AddedToken written out
         value = value.get("content")
     return value if isinstance(value, str) else None
-
-
-def _optional_flag(config: Mapping[str, Any], key: str) -> bool | None:
-    value = config.get(key)
-    return value if isinstance(value, bool) else None
 
 
 def _read_text(path: Path, limit: int) -> str:
