@@ -37,27 +37,30 @@ def prepare_chat(engine: Engine, request: ChatCompletionRequest) -> tuple[list[l
     messages = template_messages(request.messages, tools, template_knows_tools=knows_tools)
     shown = template_tools(tools) if tools and knows_tools else None
     text = template.render(messages, tools=shown, add_generation_prompt=True)
-    sampling = sampling_params(request, vocab_size=engine.tokenizer.vocab_size, constraint=_constraint(engine, request))
+    sampling = sampling_params(request, vocab_size=engine.tokenizer.vocab_size, constraint=_constraint(request))
     # The template writes the special tokens itself.
     return [engine.tokenizer.encode(text, add_special_tokens=False)], sampling
 
 
-def _constraint(engine: Engine, request: ChatCompletionRequest) -> Constraint | None:
+def _constraint(request: ChatCompletionRequest) -> Constraint | None:
     form = request.response_format
     if form is not None and form.type == "json_object":
         return Constraint.json_object()
     if form is not None and form.json_schema is not None:
-        schema = form.json_schema.schema_
-        return Constraint.json_object() if schema is None else Constraint.json_schema(schema)
+        wanted = form.json_schema
+        if wanted.schema_ is None:
+            return Constraint.json_object()
+        return Constraint.json_schema(wanted.schema_, strict=wanted.strict is True)
     if not request.tools or request.tool_choice == "none":
         return None
-    choice = request.tool_choice or "auto"
-    if isinstance(choice, NamedTool):
-        name = choice.function.name
-        tools = template_tools([tool for tool in request.tools if tool.function.name == name])
-        return Constraint.from_tools(tools, required=True, parallel=False)
+    if isinstance(request.tool_choice, NamedTool):
+        name = request.tool_choice.function.name
+        named = [tool for tool in request.tools if tool.function.name == name]
+        return Constraint.from_tools(template_tools(named), required=True, parallel=False)
     return Constraint.from_tools(
-        template_tools(request.tools), required=choice == "required", parallel=request.parallel_tool_calls is not False
+        template_tools(request.tools),
+        required=request.tool_choice == "required",
+        parallel=request.parallel_tool_calls is not False,
     )
 
 

@@ -117,8 +117,9 @@ class CompletionWriter:
             choice, text, scores = self._read(index, deltas)
             if text or scores or choice.finish_reason:
                 reason = f'"{choice.finish_reason}"' if choice.finish_reason else "null"
+                logprobs = json.dumps(scores) if scores else "null"
                 out.append(
-                    f'{self._head}{index}, "text": {json_string(text)}, "logprobs": {json.dumps(scores)}, '
+                    f'{self._head}{index}, "text": {json_string(text)}, "logprobs": {logprobs}, '
                     f'"finish_reason": {reason}{self._tail}'
                 )
         return "".join(out).encode()

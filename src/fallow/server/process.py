@@ -35,11 +35,15 @@ class Server(uvicorn.Server):
     close its socket at once. Requests that are not done after ``drain_timeout`` seconds are ended with an error.
     """
 
-    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
-        self._engine = engine
+    def __init__(
+        self, engine: Engine, settings: ServerSettings, *, on_ready: Callable[[str], Any] | None = None
+    ) -> None:
         self._settings = settings
+        self._model = settings.served_model_name or engine.model_name
+        self._on_ready = on_ready
         app = create_app(engine, settings)
         self._gateway = app.state.gateway
+        self._hurry = False
         super().__init__(
             uvicorn.Config(
                 app,
@@ -54,10 +58,20 @@ class Server(uvicorn.Server):
         )
 
     def begin_drain(self) -> None:
-        """Refuse what is new, finish what was begun, then end. Safe in a signal handler and on any thread."""
-        if self._gateway.draining:
-            self.should_exit = self.force_exit = True
+        """Refuse what is new, finish what was begun, then end; the second call ends at once.
+
+        Safe in a signal handler and on any thread.
+        """
+        self._hurry = self._gateway.draining
         self._gateway.draining = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # Only now, when a signal would already be a graceful one.
+        for url in [url_of(bound) for bound in sockets or ()]:
+            log_line({"event": "ready", "url": url, "model": self._model})
+            if self._on_ready is not None:
+                self._on_ready(url)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.begin_drain()
@@ -87,7 +101,7 @@ class Server(uvicorn.Server):
             if ends is None:
                 ends = loop.time() + self._settings.drain_timeout
                 log_line({"event": "draining", "in_flight": self._gateway.in_flight})
-            if self._gateway.in_flight == 0 or loop.time() >= ends:
+            if self._gateway.in_flight == 0 or self._hurry or loop.time() >= ends:
                 self._gateway.stop()
                 self.should_exit = True
 
@@ -133,11 +147,6 @@ def serve(
     ``ValueError`` where an option is wrong.
     """
     settings = dataclasses.replace(settings or ServerSettings(), **options)
-    server = Server(engine, settings)
+    server = Server(engine, settings, on_ready=on_ready)
     with bind(settings.host, settings.port, reuse_port=reuse_port) as bound:
-        bound.listen(_BACKLOG)  # from here on clients may connect; they are answered as soon as the loop runs
-        url = url_of(bound)
-        log_line({"event": "ready", "url": url, "model": settings.served_model_name or engine.model_name})
-        if on_ready is not None:
-            on_ready(url)
         server.run(sockets=[bound])

@@ -113,7 +113,9 @@ def _watch(replicas: list[_Replica], signals: list[int]) -> int:
                     replica.start()
                 alive += 1
         if ending and alive == 0:
-            return code if all(replica.process.returncode == 0 for replica in replicas) else 1
+            # A replica that was still loading its model ends by the signal itself.
+            graceful = (0, *(-number for number in _SIGNALS))
+            return code if all(replica.process.returncode in graceful for replica in replicas) else 1
         time.sleep(_POLL_SECONDS)
 
 

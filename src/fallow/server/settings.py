@@ -33,6 +33,8 @@ class ServerSettings:
         for name in ("max_body_bytes", "max_concurrent_requests", "body_timeout", "send_timeout", "retry_after"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be greater than 0.")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}: it must be between 0 and 65535.")
         if not self.drain_timeout >= 0:
             raise ValueError(f"drain_timeout is {self.drain_timeout}: it must be at least 0 seconds.")
         if self.price_per_hour is not None and not self.price_per_hour >= 0:
