@@ -20,6 +20,7 @@ from fallow.errors import FallowError
 from fallow.server import ServerSettings, load_api_keys
 from fallow.server.process import bind, url_of
 from fallow.server.record import RequestRecord, log_line
+from fallow.server.replica_metrics import merge
 from fallow.server.replicas import split_cores
 
 BODY = {"prompt": "hello", "max_tokens": 3, "ignore_eos": True}
@@ -163,6 +164,20 @@ def test_cores_are_split() -> None:
     assert split_cores([0], 2) == [None, None]
 
 
+def test_metrics_of_replicas_are_merged() -> None:
+    text = '# HELP a_total A.\n# TYPE a_total counter\na_total{x="1 {"} 2.0\n# HELP b B.\n# TYPE b gauge\nb 3.0\n'
+    assert merge({"0": text, "1": text}).decode().splitlines() == [
+        "# HELP a_total A.",
+        "# TYPE a_total counter",
+        'a_total{replica="0",x="1 {"} 2.0',
+        'a_total{replica="1",x="1 {"} 2.0',
+        "# HELP b B.",
+        "# TYPE b gauge",
+        'b{replica="0"} 3.0',
+        'b{replica="1"} 3.0',
+    ]
+
+
 REPLICAS = """
 import sys
 from fallow.server import ServerSettings, serve_replicas
@@ -191,6 +206,10 @@ def test_replicas_share_a_port_restart_and_drain(tiny_model: Path) -> None:
         until("ready", 2)
         for _ in range(8):  # a connection each: both replicas answer some
             assert httpx.post(url + "/v1/completions", json=BODY, timeout=30).status_code == 200
+        samples = [line for line in httpx.get(url + "/metrics").text.splitlines() if not line.startswith("#")]
+        assert all('{replica="0"' in line or '{replica="1"' in line for line in samples)
+        answered = [float(line.rsplit(" ", 1)[1]) for line in samples if "requests_total{" in line and '"200"' in line]
+        assert sum(answered) == 8
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
         assert len(children) == 2
         os.kill(int(children[0]), signal.SIGKILL)

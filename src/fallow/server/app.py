@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -14,6 +15,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from fallow.errors import FallowError
 from fallow.meter.energy import EnergyMeter
+from fallow.server import replica_metrics
 from fallow.server.body import parse, read_body
 from fallow.server.chat import ChatWriter, prepare_chat
 from fallow.server.completions import CompletionWriter, prepare_completion
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from fallow.engine.sampling import SamplingParams
 
 _ENERGY_READING_SECONDS = 10.0
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Service:
@@ -106,11 +109,14 @@ class Service:
 _STARTED = int(time.time())
 
 
-def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI:
+def create_app(
+    engine: Engine, settings: ServerSettings | None = None, *, replica_folder: Path | None = None
+) -> FastAPI:
     """The OpenAI-compatible application around ``engine``, for any ASGI server.
 
     ``app.state.gateway`` (``GatewayState``) tells how many requests are under way; setting its ``draining`` makes
-    new requests and ``/health`` answer 503. The app does not close the engine.
+    new requests and ``/health`` answer 503. The app does not close the engine. ``replica_folder`` is where the
+    replicas of one server have their sockets (``replica_metrics``).
     """
     settings = settings or ServerSettings()
     state = GatewayState()
@@ -174,7 +180,12 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
     @app.get("/metrics", response_model=None, response_class=Response)
     async def prometheus() -> Response:
         """Metrics in the Prometheus text format."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = metrics.text() if replica_folder is None else await replica_metrics.gather(replica_folder)
+        return Response(text, media_type=_PROMETHEUS)
+
+    @app.get(replica_metrics.OWN_PATH, include_in_schema=False)
+    async def own_metrics() -> Response:
+        return Response(metrics.text(), media_type=_PROMETHEUS)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:

@@ -17,7 +17,16 @@ from fallow.server.metrics import Metrics
 from fallow.server.record import RequestRecord, log_line, request_id
 from fallow.server.settings import ServerSettings
 
-_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/docs", "/openapi.json")
+_ROUTES = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    "/health",
+    "/metrics",
+    "/metrics/replica",
+    "/docs",
+    "/openapi.json",
+)
 
 
 def _route(path: str) -> str:

@@ -8,12 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from fallow.server.requests import ChatCompletionRequest, CompletionRequest
 from fallow.server.responses import ErrorResponse
 
-_BODIES = {"/v1/chat/completions": ChatCompletionRequest, "/v1/completions": CompletionRequest}
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/completions": CompletionRequest,
+}
 _ERRORS = {
     400: "A field is wrong; the message names it.",
     401: "The API key is missing or wrong.",

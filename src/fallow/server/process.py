@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -36,12 +37,17 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, engine: Engine, settings: ServerSettings, *, on_ready: Callable[[str], Any] | None = None
+        self,
+        engine: Engine,
+        settings: ServerSettings,
+        *,
+        on_ready: Callable[[str], Any] | None = None,
+        replica_folder: Path | None = None,
     ) -> None:
         self._settings = settings
         self._model = settings.served_model_name or engine.model_name
         self._on_ready = on_ready
-        app = create_app(engine, settings)
+        app = create_app(engine, settings, replica_folder=replica_folder)
         self._gateway = app.state.gateway
         self._hurry = False
         super().__init__(
@@ -68,10 +74,11 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         # Only now, when a signal would already be a graceful one.
-        for url in [url_of(bound) for bound in sockets or ()]:
-            log_line({"event": "ready", "url": url, "model": self._model})
-            if self._on_ready is not None:
-                self._on_ready(url)
+        assert sockets
+        url = url_of(sockets[0])
+        log_line({"event": "ready", "url": url, "model": self._model})
+        if self._on_ready is not None:
+            self._on_ready(url)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.begin_drain()
@@ -135,7 +142,7 @@ def serve(
     engine: Engine,
     settings: ServerSettings | None = None,
     *,
-    reuse_port: bool = False,
+    replica: tuple[Path, int] | None = None,
     on_ready: Callable[[str], Any] | None = None,
     **options: Any,
 ) -> None:
@@ -143,10 +150,26 @@ def serve(
 
     ``options`` are fields of ``ServerSettings`` (``host``, ``port``, ``api_keys``, ...) and win over ``settings``.
     ``on_ready(url)`` is called once clients may connect; with ``port=0`` the URL has the port that was free.
-    ``reuse_port`` lets several processes share the port. Raises ``FallowError`` where the port is taken and
+    ``replica`` is the folder of the replicas' sockets and the index of this one, which shares its port with them
+    (``serve_replicas``). Raises ``FallowError`` where the port is taken and
     ``ValueError`` where an option is wrong.
     """
     settings = dataclasses.replace(settings or ServerSettings(), **options)
-    server = Server(engine, settings, on_ready=on_ready)
-    with bind(settings.host, settings.port, reuse_port=reuse_port) as bound:
-        server.run(sockets=[bound])
+    folder, index = replica or (None, 0)
+    server = Server(engine, settings, on_ready=on_ready, replica_folder=folder)
+    with contextlib.ExitStack() as sockets:
+        bound = [sockets.enter_context(bind(settings.host, settings.port, reuse_port=folder is not None))]
+        if folder is not None:
+            bound.append(sockets.enter_context(_bind_unix(folder / f"{index}.sock")))
+        server.run(sockets=bound)
+
+
+def _bind_unix(path: Path) -> socket.socket:
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)  # left by a replica with this index that was killed
+        bound.bind(str(path))
+    except OSError as error:
+        bound.close()
+        raise FallowError(f"Cannot listen on {path}: {error}. Set TMPDIR to a short path that exists.") from None
+    return bound

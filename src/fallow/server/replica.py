@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 from fallow.engine.engine import Engine
 from fallow.errors import FallowError
@@ -19,7 +20,8 @@ from fallow.server.settings import ServerSettings
 
 
 def _end_with_parent() -> None:
-    while sys.stdin.buffer.read1(4096):
+    # Not sys.stdin: a thread that waits in a buffered reader breaks the interpreter's end.
+    while os.read(0, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -32,7 +34,7 @@ def main() -> int:
         engine = Engine(**order["engine"])
         threading.Thread(target=_end_with_parent, daemon=True).start()
         try:
-            serve(engine, settings, reuse_port=True)
+            serve(engine, settings, replica=(Path(order["folder"]), order["index"]))
         finally:
             engine.close()
     except FallowError as error:

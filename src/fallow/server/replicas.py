@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,9 +29,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class _Replica:
-    def __init__(self, index: int, order: bytes, cores: Sequence[int] | None) -> None:
+    def __init__(self, index: int, order: Mapping[str, Any], cores: Sequence[int] | None) -> None:
         self.index = index
-        self._order = order
+        self._order = json.dumps({**order, "index": index}).encode() + b"\n"
         self._cores = cores
         self.quick_ends = 0
         self.start()
@@ -42,7 +43,6 @@ class _Replica:
             [sys.executable, "-m", "fallow.server.replica"],
             stdin=subprocess.PIPE,
             start_new_session=True,
-            env=os.environ | {"FALLOW_REPLICA": str(self.index)},
         )
         if self._cores:
             os.sched_setaffinity(self.process.pid, self._cores)
@@ -71,9 +71,12 @@ def serve_replicas(engine_options: Mapping[str, Any], settings: ServerSettings, 
         raise FallowError("Several replicas need Linux: start one server a port here, behind a load balancer.")
     if replicas < 1:
         raise FallowError(f"replicas is {replicas}: it must be at least 1.")
-    with bind(settings.host, settings.port, reuse_port=True) as reserved:  # never listens, so it gets no connections
+    with (
+        tempfile.TemporaryDirectory(prefix="fallow-") as folder,  # readable for this user only
+        bind(settings.host, settings.port, reuse_port=True) as reserved,  # never listens, so it gets no connections
+    ):
         settings = dataclasses.replace(settings, port=reserved.getsockname()[1])
-        order = json.dumps({"engine": dict(engine_options), "settings": dataclasses.asdict(settings)}).encode() + b"\n"
+        order = {"engine": dict(engine_options), "settings": dataclasses.asdict(settings), "folder": folder}
         shares = split_cores(sorted(os.sched_getaffinity(0)), replicas)
         log_line({"event": "replicas", "count": replicas, "url": url_of(reserved)})
         signals: list[int] = []

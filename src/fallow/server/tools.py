@@ -38,7 +38,8 @@ class ToolCallParser:
     def feed(self, text: str) -> tuple[str, list[CalledFunction]]:
         """What this text adds: content, and the calls that it completed."""
         self._pending += text
-        content, calls = "", []
+        content = ""
+        calls: list[CalledFunction] = []
         while True:
             if self._inside:
                 end = self._pending.find(CLOSE)
