@@ -31,7 +31,7 @@ template <class Done>
 void spin(const Done& done) {
   for (int i = 1; !done(); ++i) {
     relax();
-    if (i % 4096 == 0) std::this_thread::yield();
+    if (i > 200 && i % 16 == 0) std::this_thread::yield();
   }
 }
 

@@ -57,9 +57,25 @@ struct Avx512 {
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
   }
 
+  // lane i of the result: the maximum, resp. the sum, over the lanes of v[i]
+  static F max_of_each(const F (&v)[16]) {
+    return reduce_each(v, [](F a, F b) { return _mm512_max_ps(a, b); });
+  }
+  static I sum_of_each(const I (&v)[16]) {
+    F f[16];
+    for (int i = 0; i < 16; ++i) f[i] = _mm512_castsi512_ps(v[i]);
+    return _mm512_castps_si512(reduce_each(
+        f, [](F a, F b) { return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }));
+  }
+
   static I izero() { return _mm512_setzero_si512(); }
   static I load_bytes(const void* p) { return _mm512_loadu_si512(p); }
   static void store_bytes(void* p, I x) { _mm512_storeu_si512(p, x); }
+  static I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  template <int N>
+  static I shift_left(I a) {
+    return _mm512_slli_epi32(a, N);
+  }
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static I set1_i32(int32_t x) { return _mm512_set1_epi32(x); }
   static I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
@@ -91,8 +107,28 @@ struct Avx512 {
   static void store_s8(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x)); }
   // keeps the even value of each pair of bfloat16, the odd one becomes 0
   static I even_only(I x) { return _mm512_and_si512(x, _mm512_set1_epi32(0xffff)); }
-  static int32_t isum(I x) { return _mm512_reduce_add_epi32(x); }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+ private:
+  // Halves the width of sixteen vectors four times, two vectors becoming one.
+  template <class Op>
+  static F reduce_each(const F (&v)[16], const Op& op) {
+    F pairs[8];
+    F quads[4];
+    F halves[2];
+    for (int i = 0; i < 8; ++i) {
+      pairs[i] = op(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512d a = _mm512_castps_pd(pairs[2 * i]);
+      const __m512d b = _mm512_castps_pd(pairs[2 * i + 1]);
+      quads[i] = op(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int i = 0; i < 2; ++i) {
+      halves[i] = op(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88), _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xdd));
+    }
+    return op(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88), _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+  }
 };
 
 }  // namespace fallow

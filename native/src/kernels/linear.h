@@ -12,6 +12,8 @@
 
 namespace fallow::kernels {
 
+constexpr int fetch_ahead = 4096;  // bytes: a memory latency at a core's share of the bandwidth
+
 inline int32_t load_quad(const void* p) {
   int32_t v;
   std::memcpy(&v, p, 4);
@@ -56,7 +58,8 @@ inline void start_with_pairs(const TileSource& t, typename S::F (&acc)[MR][NR]) 
 }
 
 // CODES: how the codes lie in memory (q4 or q8).
-template <class S, int MR, int NR, Codes CODES, int GROUP, Scales SC>
+// FIRST: these are the first rows to read the weights, which come from memory: fetch ahead.
+template <class S, int MR, int NR, Codes CODES, int GROUP, Scales SC, bool FIRST>
 inline void quantised_tile(const TileSource& t, typename S::F (&acc)[MR][NR]) {
   using I = typename S::I;
   using F = typename S::F;
@@ -75,8 +78,9 @@ inline void quantised_tile(const TileSource& t, typename S::F (&acc)[MR][NR]) {
 #pragma GCC unroll 2
     for (int n = 0; n < NR; ++n) {
       codes[n] = t.codes[n] + static_cast<size_t>(g) * group_bytes;
-      S::prefetch(codes[n] + 2048);
-      if constexpr (CODES == Codes::q8) S::prefetch(codes[n] + 2048 + 256);
+      if constexpr (FIRST) {
+        for (int line = 0; line < group_bytes; line += 64) S::prefetch(codes[n] + fetch_ahead + line);
+      }
     }
     const uint8_t* a = t.activations + g * GROUP;
     if constexpr (CODES == Codes::q4) {
@@ -142,7 +146,7 @@ inline void quantised_tile(const TileSource& t, typename S::F (&acc)[MR][NR]) {
   }
 }
 
-template <class S, int MR, int NR>
+template <class S, int MR, int NR, bool FIRST>
 inline void bf16_tile(const TileSource& t, int in_pairs, typename S::F (&acc)[MR][NR]) {
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -155,7 +159,7 @@ inline void bf16_tile(const TileSource& t, int in_pairs, typename S::F (&acc)[MR
 #pragma GCC unroll 2
     for (int n = 0; n < NR; ++n) {
       w[n] = S::load_bytes(t.codes[n] + static_cast<size_t>(k) * 64);
-      S::prefetch(t.codes[n] + static_cast<size_t>(k) * 64 + 2048);
+      if constexpr (FIRST) S::prefetch(t.codes[n] + static_cast<size_t>(k) * 64 + fetch_ahead);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
@@ -171,13 +175,16 @@ template <class S, int MR, int NR>
 inline void finish_tile(const LinearTask& task, int row, int tile, typename S::F (&acc)[MR][NR]) {
   using F = typename S::F;
   if (task.bias != nullptr) {
+#pragma GCC unroll 2
     for (int n = 0; n < NR; ++n) {
       const F b = S::load(task.bias + (tile + n) * lanes);
+#pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) acc[m][n] = S::add(acc[m][n], b);
     }
   }
   if (task.epilogue == Epilogue::silu_gate || task.epilogue == Epilogue::gelu_gate) {
     if constexpr (NR == 2) {
+#pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
         const F gate = task.epilogue == Epilogue::silu_gate ? silu<S>(acc[m][0]) : gelu_tanh<S>(acc[m][0]);
         S::store(task.out + (row + m) * task.out_stride + tile / 2 * lanes, S::mul(gate, acc[m][1]));
@@ -185,10 +192,12 @@ inline void finish_tile(const LinearTask& task, int row, int tile, typename S::F
     }
     return;
   }
+#pragma GCC unroll 2
   for (int n = 0; n < NR; ++n) {
     const int column = (tile + n) * lanes;
     const int width = std::min(lanes, task.weights->out_features - column);
     if (width <= 0) continue;
+#pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
       float* out = task.out + (row + m) * task.out_stride + column;
       if (width == lanes) {
@@ -202,42 +211,40 @@ inline void finish_tile(const LinearTask& task, int row, int tile, typename S::F
   }
 }
 
-template <class S, int MR, Codes CODES, int GROUP, Scales SC>
+template <class S, int MR, Codes CODES, int GROUP, Scales SC, bool FIRST>
 inline void compute_tile(const LinearTask& task, TileSource& t, int row, int tile) {
   t.activations = task.activations + static_cast<size_t>(row) * t.stride;
   typename S::F acc[MR][2];
   if constexpr (CODES == Codes::bf16) {
-    bf16_tile<S, MR, 2>(t, (task.weights->in_features + 1) / 2, acc);
+    bf16_tile<S, MR, 2, FIRST>(t, (task.weights->in_features + 1) / 2, acc);
   } else {
-    quantised_tile<S, MR, 2, CODES, GROUP, SC>(t, acc);
+    quantised_tile<S, MR, 2, CODES, GROUP, SC, FIRST>(t, acc);
   }
   finish_tile<S, MR, 2>(task, row, tile, acc);
 }
 
-template <class S, Codes CODES, int GROUP, Scales SC>
-inline void compute_rows(const LinearTask& task, TileSource& t, int tile) {
-  int row = 0;
-  while (row < task.rows) {
-    const int left = task.rows - row;
-    // Split evenly instead of leaving a small last tile: 8 rows are 4 + 4, not 6 + 2.
-    const int steps = (left + S::max_rows - 1) / S::max_rows;
-    const int take = (left + steps - 1) / steps;
-    switch (take) {
-      case 1: compute_tile<S, 1, CODES, GROUP, SC>(task, t, row, tile); break;
-      case 2: compute_tile<S, 2, CODES, GROUP, SC>(task, t, row, tile); break;
-      case 3: compute_tile<S, 3, CODES, GROUP, SC>(task, t, row, tile); break;
-      case 4: compute_tile<S, 4, CODES, GROUP, SC>(task, t, row, tile); break;
-      case 5: compute_tile<S, 5, CODES, GROUP, SC>(task, t, row, tile); break;
-      default: compute_tile<S, 6, CODES, GROUP, SC>(task, t, row, tile); break;
-    }
-    row += take;
+template <class S, Codes CODES, int GROUP, Scales SC, bool FIRST>
+inline int compute_some(const LinearTask& task, TileSource& t, int row, int tile) {
+  // Split evenly instead of leaving a small last tile: 8 rows are 4 + 4, not 6 + 2.
+  const int left = task.rows - row;
+  const int steps = (left + S::max_rows - 1) / S::max_rows;
+  const int take = (left + steps - 1) / steps;
+  switch (take) {
+    case 1: compute_tile<S, 1, CODES, GROUP, SC, FIRST>(task, t, row, tile); break;
+    case 2: compute_tile<S, 2, CODES, GROUP, SC, FIRST>(task, t, row, tile); break;
+    case 3: compute_tile<S, 3, CODES, GROUP, SC, FIRST>(task, t, row, tile); break;
+    case 4: compute_tile<S, 4, CODES, GROUP, SC, FIRST>(task, t, row, tile); break;
+    case 5: compute_tile<S, 5, CODES, GROUP, SC, FIRST>(task, t, row, tile); break;
+    default: compute_tile<S, 6, CODES, GROUP, SC, FIRST>(task, t, row, tile); break;
   }
+  return take;
 }
 
 // 4-bit codes of a tile as 8-bit quads in the order in which the 8-bit kernel reads them.
 template <class S>
 inline void widen_codes(const uint8_t* packed, int groups, uint8_t* out) {
   for (int g = 0; g < groups; ++g, packed += 256, out += 512) {
+    for (int line = 0; line < 256; line += 64) S::prefetch(packed + fetch_ahead + line);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const auto both = S::load_bytes(packed + j * 64);
@@ -272,9 +279,10 @@ void linear_tiles(const LinearTask& task, int begin, int end, uint8_t* scratch) 
       }
     }
     if (widen) {
-      compute_rows<S, Codes::q8, GROUP, SC>(task, t, tile);
+      for (int row = 0; row < task.rows;) row += compute_some<S, Codes::q8, GROUP, SC, false>(task, t, row, tile);
     } else {
-      compute_rows<S, CODES, GROUP, SC>(task, t, tile);
+      int row = compute_some<S, CODES, GROUP, SC, true>(task, t, 0, tile);
+      while (row < task.rows) row += compute_some<S, CODES, GROUP, SC, false>(task, t, row, tile);
     }
   }
 }

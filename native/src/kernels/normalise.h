@@ -1,5 +1,6 @@
 // RMSNorm (arXiv 1910.07467) and the conversion of activations into what the linear kernels read.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -32,54 +33,80 @@ void rms_norm(const NormTask& task, float* out) {
 }
 
 // A group's scale, midpoint and codes. Symmetric: scale = max|x| / 127. Asymmetric: codes span [minimum, maximum].
+// Sixteen groups at a time, so that what is computed once a group is a vector operation too.
 template <class S, int GROUP>
 inline void quantise_groups(const float* x, const ActivationFormat& f, uint8_t* row) {
   using F = typename S::F;
+  using I = typename S::I;
   constexpr int vectors = GROUP / lanes;
   const int groups = f.groups();
-  auto* codes = reinterpret_cast<int8_t*>(row);
-  auto* scales = reinterpret_cast<float*>(row + f.scales_at());
-  auto* start4 = reinterpret_cast<int32_t*>(row + f.start_at(false));
-  auto* start8 = reinterpret_cast<int32_t*>(row + f.start_at(true));
-  auto* pairs = reinterpret_cast<uint16_t*>(row + f.pairs_at());
-  for (int g = 0; g < groups; ++g) {
-    F v[vectors];
-    for (int i = 0; i < vectors; ++i) v[i] = S::load(x + g * GROUP + i * lanes);
-    float middle = 0.f;
-    if (f.asymmetric) {
-      F high = v[0];
-      F low = S::sub(S::zero(), v[0]);
+  const auto at = [&](size_t offset, int g) { return row + offset + static_cast<size_t>(g) * 4; };
+  for (int first = 0; first < groups; first += lanes) {
+    const int count = std::min(lanes, groups - first);
+    const float* values = x + first * GROUP;
+    F high[lanes];
+    F low[lanes];
+    for (int g = 0; g < count; ++g) {
+      high[g] = S::load(values + g * GROUP);
+      low[g] = high[g];
       for (int i = 1; i < vectors; ++i) {
-        high = S::max(high, v[i]);
-        low = S::max(low, S::sub(S::zero(), v[i]));
+        const F v = S::load(values + g * GROUP + i * lanes);
+        high[g] = S::max(high[g], v);
+        low[g] = S::min(low[g], v);
       }
-      middle = bf16_to_float(float_to_bf16(0.5f * (S::max_of(high) - S::max_of(low))));
-      for (int i = 0; i < vectors; ++i) v[i] = S::sub(v[i], S::set1(middle));
+      low[g] = S::sub(S::zero(), low[g]);
+      if (!f.asymmetric) high[g] = S::max(high[g], low[g]);
     }
-    F peak = S::abs(v[0]);
-    for (int i = 1; i < vectors; ++i) peak = S::max(peak, S::abs(v[i]));
-    const float largest = S::max_of(peak);
-    const float scale = largest / 127.f;
-    const F inverse = S::set1(largest > 1e-30f ? 127.f / largest : 0.f);
-    auto total = S::izero();
-    for (int i = 0; i < vectors; ++i) {
-      const auto q = S::to_int(S::mul(v[i], inverse));
-      S::store_s8(codes + g * GROUP + i * lanes, q);
-      total = S::iadd(total, q);
+    for (int g = count; g < lanes; ++g) high[g] = low[g] = S::zero();
+    F peak = S::max_of_each(high);
+    alignas(64) float middle[lanes] = {};
+    if (f.asymmetric) {
+      const F lowest = S::max_of_each(low);
+      alignas(64) uint16_t rounded[lanes];
+      S::store_bf16(rounded, S::mul(S::sub(peak, lowest), S::set1(0.5f)));
+      const F centre = S::load_bf16(rounded);
+      S::store(middle, centre);
+      peak = S::max(S::sub(peak, centre), S::add(lowest, centre));
     }
-    const auto sum = static_cast<uint32_t>(S::isum(total));  // unsigned: NaN activations may wrap
-    scales[g] = scale;
-    start4[g] = static_cast<int32_t>(0u - 8u * sum);
-    start8[g] = static_cast<int32_t>(0u - 128u * sum);
-    const float real_sum = scale * static_cast<float>(static_cast<int32_t>(sum));
-    if (f.pairs_kind == Pairs::offsets) pairs[g] = float_to_bf16(real_sum);
-    if (f.pairs_kind == Pairs::sums) pairs[g] = float_to_bf16(middle);
+    // Groups of all zeros have no scale: a tiny divisor keeps the quotient finite.
+    const F scale = S::mul(peak, S::set1(1.f / 127.f));
+    alignas(64) float inverse[lanes];
+    S::store(inverse, S::div(S::set1(127.f), S::max(peak, S::set1(1e-30f))));
+    I totals[lanes];
+    for (int g = 0; g < count; ++g) {
+      totals[g] = S::izero();
+      for (int i = 0; i < vectors; ++i) {
+        F v = S::load(values + g * GROUP + i * lanes);
+        if (f.asymmetric) v = S::sub(v, S::set1(middle[g]));
+        const I q = S::to_int(S::mul(v, S::set1(inverse[g])));
+        S::store_s8(reinterpret_cast<int8_t*>(row) + (first + g) * GROUP + i * lanes, q);
+        totals[g] = S::iadd(totals[g], q);
+      }
+    }
+    for (int g = count; g < lanes; ++g) totals[g] = S::izero();
+    const I sum = S::sum_of_each(totals);
+    const I negative = S::isub(S::izero(), sum);
+    const F real_sum = S::mul(scale, S::to_float(sum));
+    const auto put = [&](uint8_t* out, const void* from) { std::memcpy(out, from, static_cast<size_t>(count) * 4); };
+    alignas(64) float buffer[lanes];
+    S::store(buffer, scale);
+    put(at(f.scales_at(), first), buffer);
+    S::store_bytes(buffer, S::template shift_left<3>(negative));
+    put(at(f.start_at(false), first), buffer);
+    S::store_bytes(buffer, S::template shift_left<7>(negative));
+    put(at(f.start_at(true), first), buffer);
     if (f.pairs_kind == Pairs::both) {
-      pairs[2 * g] = float_to_bf16(middle);
-      pairs[2 * g + 1] = float_to_bf16(real_sum);
+      S::store_bytes(buffer, S::pair_bf16(S::load(middle), real_sum));
+      put(at(f.pairs_at(), first), buffer);
+    } else if (f.pairs_kind != Pairs::none) {
+      alignas(64) uint16_t halves[lanes];
+      S::store_bf16(halves, f.pairs_kind == Pairs::sums ? S::load(middle) : real_sum);
+      std::memcpy(row + f.pairs_at() + static_cast<size_t>(first) * 2, halves, static_cast<size_t>(count) * 2);
     }
   }
-  if (groups % 2 == 1 && (f.pairs_kind == Pairs::offsets || f.pairs_kind == Pairs::sums)) pairs[groups] = 0;
+  if (groups % 2 == 1 && (f.pairs_kind == Pairs::offsets || f.pairs_kind == Pairs::sums)) {
+    std::memset(row + f.pairs_at() + static_cast<size_t>(groups) * 2, 0, 2);
+  }
 }
 
 template <class S>

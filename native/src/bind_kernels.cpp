@@ -1,0 +1,146 @@
+// Single kernels for tests: each instruction set against the others, the scalar one against numpy and PyTorch.
+#include "bind_kernels.h"
+
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace fallow {
+namespace {
+
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Cube = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+Memory padded_rows(const Matrix& x, size_t stride) {
+  Memory copy(std::max<size_t>(1, x.shape(0)) * stride * sizeof(float));
+  for (size_t r = 0; r < x.shape(0); ++r) {
+    std::memcpy(copy.as<float>() + r * stride, x.data() + r * x.shape(1), x.shape(1) * sizeof(float));
+  }
+  return copy;
+}
+
+NumpyFloats linear(const std::string& isa, const std::vector<WeightSource>& sources, const Matrix& x, bool interleave, bool asymmetric,
+                   const std::string& precision, const std::string& epilogue, const Matrix& initial) {
+  const Kernels& kernels = kernels_of(isa);
+  const PackedLinear w = pack_sources(sources, static_cast<int>(x.shape(1)), interleave, asymmetric, precision);
+  const ActivationFormat format = format_for(w);
+  const Epilogue e = epilogue_of(epilogue);
+  const bool gated = e == Epilogue::silu_gate || e == Epilogue::gelu_gate;
+  const size_t columns = gated ? w.out_features / 2 : w.out_features;
+  const int rows = static_cast<int>(x.shape(0));
+  if (initial.shape(0) != x.shape(0) || initial.shape(1) != columns) throw std::invalid_argument("initial has another shape than the result");
+  const size_t stride = rounded(columns, 2 * lanes);
+  const Memory inputs = padded_rows(x, rounded(x.shape(1), lanes));
+  Memory activations(std::max(1, rows) * format.row_bytes());
+  for (int r = 0; r < rows; ++r) {
+    kernels.quantise(inputs.as<float>() + r * rounded(x.shape(1), lanes), format, activations.data() + r * format.row_bytes());
+  }
+  const Memory out = padded_rows(initial, stride);
+  Memory scratch(linear_scratch_bytes(w.in_features));
+  kernels.linear({&w, format, activations.data(), rows, out.as<float>(), stride, nullptr, e}, 0, (w.tiles + 1) / 2 * 2, scratch.data());
+  std::vector<float> values(rows * columns);
+  for (int r = 0; r < rows; ++r) std::memcpy(values.data() + r * columns, out.as<float>() + r * stride, columns * sizeof(float));
+  return owned<float>(std::move(values), {static_cast<size_t>(rows), columns});
+}
+
+NumpyFloats rms_norm(const std::string& isa, const Matrix& x, const Vector& weight, float eps) {
+  if (weight.size() != x.shape(1)) throw std::invalid_argument("weight and x differ in width");
+  std::vector<float> values(x.size());
+  for (size_t r = 0; r < x.shape(0); ++r) {
+    kernels_of(isa).rms_norm({x.data() + r * x.shape(1), weight.data(), eps, static_cast<int>(x.shape(1))}, values.data() + r * x.shape(1));
+  }
+  return owned<float>(std::move(values), {x.shape(0), x.shape(1)});
+}
+
+NumpyFloats gate(const std::string& isa, const Matrix& g, const Matrix& up, bool gelu) {
+  if (g.size() != up.size()) throw std::invalid_argument("gate and up differ in shape");
+  std::vector<float> values(g.size());
+  kernels_of(isa).gate(g.data(), up.data(), values.data(), static_cast<int>(g.size()), gelu);
+  return owned<float>(std::move(values), {g.shape(0), g.shape(1)});
+}
+
+// Rotates and caches `qkv` [tokens][(heads + 2 kv_heads) * head_dim] in pages that are in no order, then attends with
+// the last `queries` tokens. Garbage (NaN) fills what is not written.
+NumpyFloats attention(const std::string& isa, const Matrix& qkv, const Matrix& table, int num_heads, int num_kv_heads, int head_dim, int rotary_dim,
+                      int queries, int window, float scale) {
+  const Kernels& kernels = kernels_of(isa);
+  const KvLayout layout{num_heads, num_kv_heads, head_dim};
+  const int tokens = static_cast<int>(qkv.shape(0));
+  if (num_kv_heads <= 0 || num_heads % num_kv_heads != 0 || head_dim <= 0 || head_dim > max_head_dim || rotary_dim > head_dim ||
+      qkv.shape(1) != static_cast<size_t>((num_heads + 2 * num_kv_heads) * head_dim) || table.shape(0) < qkv.shape(0) ||
+      table.shape(1) != static_cast<size_t>(rotary_dim) || queries <= 0 || queries > tokens) {
+    throw std::invalid_argument("shapes do not fit");
+  }
+  const int pages = (tokens + page_size - 1) / page_size;
+  Memory pool(static_cast<size_t>(pages) * layout.page_bytes());
+  std::fill_n(pool.as<uint16_t>(), pool.size() / 2, uint16_t{0x7fc0});
+  std::vector<int32_t> page_table(pages);
+  for (int p = 0; p < pages; ++p) page_table[p] = pages - 1 - p;
+  const size_t query_stride = static_cast<size_t>(num_heads) * layout.padded_dim();
+  Memory rotated(tokens * query_stride * sizeof(uint16_t));
+  for (int t = 0; t < tokens; ++t) {
+    kernels.rope({layout, t, table.data(), rotary_dim, nullptr, nullptr, 0.f, qkv.data() + t * qkv.shape(1), rotated.as<uint16_t>() + t * query_stride,
+                  pool.data() + page_table[t / page_size] * layout.page_bytes()});
+  }
+  const int group = num_heads / num_kv_heads;
+  const int block = std::max(1, attention_block / group);
+  const size_t padded_dim = layout.padded_dim();
+  std::vector<float> values(static_cast<size_t>(queries) * num_heads * head_dim);
+  Memory scratch(attention_scratch_floats * sizeof(float));
+  Memory segment_values(attention_block * padded_dim * sizeof(float));
+  Memory state_values(attention_block * padded_dim * sizeof(float));
+  for (int row = tokens - queries; row < tokens; row += block) {
+    const int rows = std::min(block, tokens - row);
+    for (int h = 0; h < num_kv_heads; ++h) {
+      const AttentionTask task{layout, rotated.as<uint16_t>() + row * query_stride, query_stride, h, rows, row, window, scale,
+                               pool.data(), layout.page_bytes(), page_table.data()};
+      std::vector<Partial> partials(attention_block);
+      std::vector<Partial> states(attention_block, {-std::numeric_limits<float>::infinity(), 0.f});
+      const int begin = (window > 0 ? std::max(0, row + 1 - window) : 0) / segment_tokens;
+      for (int s = begin; s * segment_tokens < row + rows; ++s) {
+        kernels.attention(task, s, partials.data(), segment_values.as<float>(), scratch.as<float>());
+        for (int q = 0; q < rows * group; ++q) {
+          kernels.merge(states[q], state_values.as<float>() + q * padded_dim, partials[q], segment_values.as<float>() + q * padded_dim,
+                        static_cast<int>(padded_dim));
+        }
+      }
+      for (int q = 0; q < rows * group; ++q) {
+        const size_t at = (static_cast<size_t>(row - (tokens - queries) + q / group) * num_heads + h * group + q % group) * head_dim;
+        kernels.finish(states[q], state_values.as<float>() + q * padded_dim, head_dim, values.data() + at);
+      }
+    }
+  }
+  return owned<float>(std::move(values), {static_cast<size_t>(queries), static_cast<size_t>(num_heads * head_dim)});
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+  m.def("linear", &linear, "isa"_a, "sources"_a, "x"_a, nb::kw_only(), "interleave"_a = false, "asymmetric"_a = false,
+        "precision"_a = "own", "epilogue"_a = "store", "initial"_a);
+  m.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a);
+  m.def("gate", &gate, "isa"_a, "gate"_a, "up"_a, nb::kw_only(), "gelu"_a);
+  m.def("attention", &attention, "isa"_a, "qkv"_a, "table"_a, nb::kw_only(), "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "rotary_dim"_a,
+        "queries"_a, "window"_a, "scale"_a);
+  m.def(
+      "unpack",
+      [](const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision) {
+        const PackedLinear w = pack_sources(sources, in_features, interleave, asymmetric, precision);
+        std::vector<float> values(static_cast<size_t>(w.out_features) * in_features);
+        for (int t = 0; t < w.out_features; ++t) unpack_row(w, t, values.data() + static_cast<size_t>(t) * in_features);
+        return owned<float>(std::move(values), {static_cast<size_t>(w.out_features), static_cast<size_t>(in_features)});
+      },
+      "sources"_a, "in_features"_a, nb::kw_only(), "interleave"_a = false, "asymmetric"_a = false, "precision"_a = "own");
+}
+
+}  // namespace fallow

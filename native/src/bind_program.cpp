@@ -1,0 +1,129 @@
+// The program: laid out, executed and sampled from.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+
+#include "bind_kernels.h"
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace fallow {
+namespace {
+
+using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+Step step_of(const Ints& tokens, const Ints& row_offsets, const Ints& start_positions, const Table& page_table, const Ints& logit_rows) {
+  if (start_positions.size() == 0 || row_offsets.size() != start_positions.size() + 1 || page_table.shape(0) != start_positions.size()) {
+    throw std::invalid_argument("row_offsets, start_positions and page_table describe different numbers of sequences");
+  }
+  return {tokens.data(),
+          static_cast<int>(tokens.size()),
+          row_offsets.data(),
+          start_positions.data(),
+          static_cast<int>(start_positions.size()),
+          page_table.data(),
+          static_cast<int>(page_table.shape(1)),
+          logit_rows.data(),
+          static_cast<int>(logit_rows.size())};
+}
+
+nb::dict describe(const PackedLinear& w) {
+  nb::dict d;
+  d["codes"] = w.codes == Codes::bf16 ? "bf16" : (w.codes == Codes::q4 ? "q4" : "q8");
+  d["group"] = w.group;
+  d["scales"] = w.scales == Scales::none ? "none" : (w.scales == Scales::row ? "row" : (w.scales == Scales::f16 ? "f16" : "f32"));
+  d["pairs"] = static_cast<int>(w.pairs_kind);
+  d["bytes"] = w.bytes();
+  d["out_features"] = w.out_features;
+  d["in_features"] = w.in_features;
+  return d;
+}
+
+}  // namespace
+
+void bind_program(nb::module_& m) {
+  nb::class_<Program>(m, "Program")
+      .def(
+          "__init__",
+          [](Program* self, int threads, const std::string& isa, int num_heads, int num_kv_heads, int head_dim, int num_layers, int max_tokens,
+             int max_sequences, int max_logit_rows, int num_pages, int max_positions) {
+            new (self) Program(threads, isa, {num_heads, num_kv_heads, head_dim}, num_layers,
+                               {max_tokens, max_sequences, max_logit_rows, num_pages, max_positions});
+          },
+          nb::kw_only(), "threads"_a, "isa"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_layers"_a, "max_tokens"_a,
+          "max_sequences"_a, "max_logit_rows"_a, "num_pages"_a, "max_positions"_a)
+      .def("buffer", &Program::add_buffer, "width"_a)
+      .def(
+          "vector", [](Program& p, const Floats& v) { return p.add_vector(std::vector<float>(v.data(), v.data() + v.size())); }, "values"_a)
+      .def(
+          "weights",
+          [](Program& p, const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision) {
+            return p.add_weights(pack_sources(sources, in_features, interleave, asymmetric, precision));
+          },
+          "sources"_a, "in_features"_a, nb::kw_only(), "interleave"_a = false, "asymmetric"_a = false, "precision"_a = "own")
+      .def("describe", [](const Program& p, int w) { return describe(p.weights(w)); }, "weights"_a)
+      .def("activations_for", [](Program& p, int w) { return p.add_activations(format_for(p.weights(w))); }, "weights"_a)
+      .def(
+          "embed", [](Program& p, int weights, int out, float scale) { p.add(op::Embed{weights, out, scale}); }, "weights"_a, "out"_a,
+          "scale"_a = 1.f)
+      .def("norm", [](Program& p, int x, int weight, int out, float eps) { p.add(op::Norm{x, weight, out, eps}); }, "x"_a, "weight"_a,
+           "out"_a, "eps"_a)
+      .def(
+          "norm_quantise",
+          [](Program& p, int x, int weight, const std::vector<int>& out, float eps) { p.add(op::NormQuantise{x, weight, out, eps}); }, "x"_a,
+          "weight"_a, "out"_a, "eps"_a)
+      .def("quantise", [](Program& p, int x, int out) { p.add(op::Quantise{x, out}); }, "x"_a, "out"_a)
+      .def(
+          "linear",
+          [](Program& p, int activations, int weights, int out, int bias, int column, const std::string& epilogue) {
+            p.add(op::Linear{activations, weights, bias, out, column, epilogue_of(epilogue)});
+          },
+          "activations"_a, "weights"_a, "out"_a, nb::kw_only(), "bias"_a = -1, "column"_a = 0, "epilogue"_a = "store")
+      .def(
+          "rope",
+          [](Program& p, int qkv, int table, int rotary_dim, int q_norm, int k_norm, float eps, int layer) {
+            p.add(op::Rope{qkv, table, rotary_dim, q_norm, k_norm, eps, layer});
+          },
+          "qkv"_a, "table"_a, "rotary_dim"_a, nb::kw_only(), "q_norm"_a = -1, "k_norm"_a = -1, "eps"_a = 0.f, "layer"_a)
+      .def(
+          "attention", [](Program& p, int out, int layer, int window, float scale) { p.add(op::Attention{out, layer, window, scale}); },
+          "out"_a, nb::kw_only(), "layer"_a, "window"_a, "scale"_a)
+      .def("add", [](Program& p, int x, int out) { p.add(op::Add{x, out}); }, "x"_a, "out"_a)
+      .def(
+          "gate", [](Program& p, int gate, int up, int out, bool gelu) { p.add(op::Gate{gate, up, out, gelu}); }, "gate"_a, "up"_a, "out"_a,
+          nb::kw_only(), "gelu"_a)
+      .def("gather", [](Program& p, int x, int out) { p.add(op::Gather{x, out}); }, "x"_a, "out"_a)
+      .def("finish", &Program::finish, "logits"_a)
+      .def(
+          "run",
+          [](Program& p, const Ints& tokens, const Ints& row_offsets, const Ints& start_positions, const Table& page_table, const Ints& logit_rows) {
+            const Step step = step_of(tokens, row_offsets, start_positions, page_table, logit_rows);
+            const nb::gil_scoped_release release;
+            p.check(step);
+            p.run(step);
+          },
+          "tokens"_a, "row_offsets"_a, "start_positions"_a, "page_table"_a, "logit_rows"_a)
+      .def(
+          "logits",
+          [](const Program& p, int rows) {
+            if (rows < 0 || rows > p.limits().max_logit_rows) throw std::invalid_argument("there are fewer logit rows");
+            const auto vocab = static_cast<size_t>(p.vocab_size());
+            std::vector<float> values(rows * vocab);
+            for (int r = 0; r < rows; ++r) std::memcpy(values.data() + r * vocab, p.logits() + r * p.logits_stride(), vocab * sizeof(float));
+            return owned<float>(std::move(values), {static_cast<size_t>(rows), vocab});
+          },
+          "rows"_a)
+      .def_prop_ro("weight_bytes", &Program::weight_bytes)
+      .def_prop_ro("page_bytes", &Program::page_bytes)
+      .def_prop_ro("isa", &Program::isa);
+}
+
+}  // namespace fallow
