@@ -21,7 +21,8 @@ from fallow.server.tools import CalledFunction, ToolCallParser, template_message
 from fallow.server.usage import FINGERPRINT, usage
 
 if TYPE_CHECKING:
-    from fallow.engine.engine import Engine, RequestDelta
+    from fallow.engine.engine import Engine
+    from fallow.engine.outputs import RequestDelta
 
 
 def prepare_chat(engine: Engine, request: ChatCompletionRequest) -> tuple[list[list[int]], SamplingParams]:

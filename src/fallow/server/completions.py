@@ -13,14 +13,15 @@ from fallow.engine.sampling import SamplingParams
 from fallow.errors import RequestError
 from fallow.server.chat import by_choice
 from fallow.server.generation import Generation
-from fallow.server.logprobs import completion_logprobs
+from fallow.server.logprobs import completion_logprobs, text_length
 from fallow.server.requests import MAX_PROMPTS, CompletionRequest
 from fallow.server.sampling import check_prompt_ids, sampling_params
 from fallow.server.sse import event, json_string
 from fallow.server.usage import FINGERPRINT, usage
 
 if TYPE_CHECKING:
-    from fallow.engine.engine import Engine, RequestDelta, TokenLogprob
+    from fallow.engine.engine import Engine
+    from fallow.engine.outputs import RequestDelta, TokenLogprob
 
 
 def prompts_of(request: CompletionRequest) -> list[str] | list[list[int]]:
@@ -87,7 +88,7 @@ class CompletionWriter:
             entries = [entry for delta in deltas for entry in delta.logprobs or ()]
             scores = completion_logprobs(entries, choice.length) if entries else None
             choice.logprobs += entries
-            choice.length += sum(len(entry.token) for entry in entries)
+            choice.length += sum(map(text_length, entries))
         choice.finish_reason = deltas[-1].finish_reason or choice.finish_reason
         return choice, text, scores
 

@@ -13,7 +13,8 @@ from starlette.types import Receive
 from fallow.server.errors import ApiError
 
 if TYPE_CHECKING:
-    from fallow.engine.engine import Engine, RequestDelta
+    from fallow.engine.engine import Engine
+    from fallow.engine.outputs import RequestDelta
     from fallow.engine.sampling import SamplingParams
 
 
@@ -119,7 +120,8 @@ class Generation:
             self.last_token_at = time.monotonic()
             if self.first_token_at is None:
                 self.first_token_at = self.last_token_at
-        self._prompts[prompt] = (delta.prompt_tokens, delta.cached_tokens)
+        if delta.index == 0:  # the other choices find the prompt of the first one in the cache
+            self._prompts[prompt] = (delta.prompt_tokens, delta.cached_tokens)
         self._completion_tokens[index] = delta.completion_tokens
         if delta.finish_reason is not None and index not in self.finish_reasons:
             self.finish_reasons[index] = delta.finish_reason

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fallow.engine.engine import TokenLogprob
+    from fallow.engine.outputs import TokenLogprob
 
 _LOWEST = -9999.0  # JSON has no infinity
 
@@ -27,12 +27,17 @@ def chat_logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
     ]
 
 
+def text_length(entry: TokenLogprob) -> int:
+    """Characters that a token adds to the text; a special token, which is named here but not written, adds none."""
+    return len(entry.token) if entry.bytes else 0
+
+
 def completion_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
     """``choices[].logprobs`` of a completion; ``offset``: characters of the text before these tokens."""
     offsets = []
     for entry in tokens:
         offsets.append(offset)
-        offset += len(entry.token)
+        offset += text_length(entry)
     tops = []
     for entry in tokens:
         top: dict[str, float] = {}

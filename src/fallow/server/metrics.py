@@ -70,6 +70,10 @@ class _EngineCollector(Collector):
             ("prompt_tokens", "Tokens of prompts, cached ones too.", stats.prompt_tokens),
             ("generated_tokens", "Tokens written.", stats.generated_tokens),
             ("prefix_cached_tokens", "Prompt tokens that were found in the cache.", stats.prefix_hits),
+            ("preemptions", "Sequences that were set back to free pages.", stats.preemptions),
+            ("drafted_tokens", "Tokens drafted by speculation.", stats.drafted_tokens),
+            ("accepted_tokens", "Drafted tokens that were accepted.", stats.accepted_tokens),
+            ("engine_steps", "Steps of the engine.", stats.steps),
             ("engine_busy_seconds", "Seconds in which the engine computed.", stats.busy_seconds),
         )
         for name, text, value in counters:

@@ -15,7 +15,7 @@ from fallow.server.errors import ApiError
 from fallow.server.generation import DisconnectedError, Generation
 
 if TYPE_CHECKING:
-    from fallow.engine.engine import RequestDelta
+    from fallow.engine.outputs import RequestDelta
 
 json_string: Callable[[str], str] = encode_basestring_ascii
 
