@@ -133,11 +133,11 @@ def _local_path(model: str | Path) -> Path | None:
         raise ModelFileError(f"{text} is a URL, which is not fetched: download the model and pass its path.")
     if not text or "\0" in text:
         raise ModelFileError("The model's name is empty or holds a zero byte.")
-    path = Path(text).expanduser()
     try:
+        path = Path(text).expanduser()
         exists = path.exists()
-    except OSError as error:
-        raise ModelFileError(f"{text[:200]} is not a usable path or name: {error.strerror}.") from error
+    except (OSError, RuntimeError) as error:  # too long; a home directory of nobody
+        raise ModelFileError(f"{text[:200]} is not a usable path or name: {error}.") from error
     known = isinstance(model, str) and text in KNOWN_MODELS
     if exists and not known:  # a folder that happens to have a known model's name is meant by ./name
         return path
@@ -162,7 +162,8 @@ def _slug(name: str) -> str:
 
 
 def _register(path: Path) -> Path:
-    from fallow.models.checkpoint import open_checkpoint
+    # Imported here: a model can be pulled without the readers of its format.
+    from fallow.models.checkpoint import open_checkpoint  # noqa: PLC0415
 
     open_checkpoint(path)  # raises where it is not a model
     path = path.resolve()
