@@ -388,3 +388,20 @@ def test_errors(
     assert param is None or body["param"] == param
     assert code is None or body["code"] == code
     assert caught.value.request_id
+
+
+def test_errors_of_the_server_itself(tiny_server: Any) -> None:
+    server = tiny_server(api_keys=("secret",), max_body_bytes=2000)
+    fields: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 2}
+    assert server.client("secret").completions.create(**fields).choices
+    with pytest.raises(openai.AuthenticationError) as wrong_key:
+        server.client("wrong").completions.create(**fields)
+    assert wrong_key.value.status_code == 401
+    assert wrong_key.value.code == "invalid_api_key"
+    with pytest.raises(openai.APIStatusError) as too_large:
+        server.client("secret").completions.create(**fields | {"prompt": "x" * 3000})
+    assert too_large.value.status_code == 413
+    server.server.begin_drain()
+    with pytest.raises((openai.InternalServerError, openai.APIConnectionError)) as draining:
+        server.client("secret").completions.create(**fields)
+    assert getattr(draining.value, "status_code", 503) == 503

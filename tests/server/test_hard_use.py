@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -241,6 +242,7 @@ def test_a_wrong_field_is_named_in_one_sentence(tiny: Any, field: str, value: st
         b"\x00" * 100,
         "\N{PILE OF POO}".encode("utf-16"),
         b'{"prompt": [' + b'1, "a", ' * 100_000 + b"1]}",
+        b'{"prompt": "a", "line\\nbreak": 1}',
         b'{"prompt": "a", ' + b", ".join(b'"key%d": 1' % i for i in range(50_000)) + b"}",
     ],
 )
@@ -249,6 +251,7 @@ def test_malformed_bodies_get_400(tiny: Any, body: bytes) -> None:
         answer = tiny.http.post(path, content=body)
         assert answer.status_code == 400
         assert len(answer.json()["error"]["message"]) < 600
+        assert "\n" not in answer.json()["error"]["message"]
 
 
 def test_a_prompt_over_the_context_is_refused(tiny: Any) -> None:
@@ -290,6 +293,25 @@ def test_a_body_that_does_not_arrive_is_given_up(tiny_server: Any) -> None:
         return answer
 
     assert asyncio.run(half_a_body()).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_does_not_read_is_given_up(tiny_server: Any) -> None:
+    server = tiny_server(send_timeout=0.3)
+    host, port = server.url.removeprefix("http://").split(":")
+    # Far more than what the sockets between the two can hold.
+    body = {"prompt": "x", "n": 128, "max_tokens": 200, "ignore_eos": True, "logprobs": 20, "stream": True}
+
+    with socket.create_connection((host, int(port))) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        payload = json.dumps(body).encode()
+        connection.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\n" % COMPLETIONS.encode())
+        connection.sendall(b"content-length: %d\r\n\r\n" % len(payload) + payload)
+        ends = time.monotonic() + 60
+        while 'status="499"' not in server.http.get("/metrics").text:
+            assert time.monotonic() < ends
+            time.sleep(0.05)
+    server.until_idle()
+    assert server.engine.stats().pages_used == 0
 
 
 def test_a_wrong_key_is_refused(tiny_server: Any) -> None:
@@ -336,6 +358,24 @@ def test_a_full_server_says_when_to_come_back(tiny_model: Path, tiny_server: Any
     assert all(answer.headers["retry-after"] == "7" for answer in full)
     assert all(answer.json()["error"]["code"] == "overloaded" for answer in full)
     engine.close()
+
+
+def test_what_is_not_http_is_refused_and_logged_as_json(server_process: Any) -> None:
+    server = server_process()
+    host, port = server.url.removeprefix("http://").split(":")
+
+    async def nonsense() -> bytes:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"\x16\x03\x01 hello\r\n\r\n")
+        answer = await asyncio.wait_for(reader.read(), 20)
+        writer.close()
+        return answer
+
+    assert asyncio.run(nonsense()).startswith(b"HTTP/1.1 400 ")
+    server.process.send_signal(signal.SIGTERM)
+    code, _, log = server.end()
+    assert code == 0
+    assert any(entry["event"] == "uvicorn" for entry in log)
 
 
 def mutate(random_: random.Random, value: Any) -> Any:

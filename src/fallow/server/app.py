@@ -101,9 +101,7 @@ class Service:
         finally:
             if not request.stream:
                 generation.close()
-        return EventStream(
-            generation, write=writer.write, finish=writer.finish, send_timeout=self.settings.send_timeout
-        )
+        return EventStream(generation, write=writer.write, finish=writer.finish)
 
 
 _STARTED = int(time.time())

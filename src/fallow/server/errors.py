@@ -28,7 +28,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = " ".join(message.split())  # names of fields in it are the client's: one line, whatever they hold
         self.param = param
         self.code = code
         self.headers = headers or {}

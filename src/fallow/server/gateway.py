@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import traceback
@@ -97,7 +98,11 @@ class Gateway:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = record.id
-            await send(message)
+            try:
+                async with asyncio.timeout(self._settings.send_timeout):
+                    await send(message)
+            except TimeoutError:  # the client has not read for that long
+                raise DisconnectedError from None
 
         api = scope["path"].startswith("/v1/")
         self._metrics.begin()

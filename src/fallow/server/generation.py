@@ -88,6 +88,10 @@ class Generation:
     def completion_tokens(self) -> int:
         return sum(self._completion_tokens.values())
 
+    @property
+    def longest_choice(self) -> int:
+        return max(self._completion_tokens.values(), default=0)
+
     async def start(self, prepare: Callable[[], tuple[Sequence[str | list[int]], SamplingParams]]) -> None:
         """Hand the prompts to the engine: all of them, or none where one is refused.
 

@@ -113,7 +113,7 @@ class Metrics:
         )
         self._per_token = Histogram(
             "fallow_time_per_output_token_seconds",
-            "Mean time of a request's tokens after the first.",
+            "Mean time between two tokens of a request.",
             buckets=_TOKEN_SECONDS,
             registry=registry,
         )

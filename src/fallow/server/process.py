@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import signal
 import socket
 import threading
@@ -54,6 +55,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 access_log=False,
+                log_config=None,
                 log_level="warning",
                 lifespan="on",
                 server_header=False,
@@ -155,6 +157,7 @@ def serve(
     ``ValueError`` where an option is wrong.
     """
     settings = dataclasses.replace(settings or ServerSettings(), **options)
+    _log_as_json()
     folder, index = replica or (None, 0)
     server = Server(engine, settings, on_ready=on_ready, replica_folder=folder)
     with contextlib.ExitStack() as sockets:
@@ -162,6 +165,18 @@ def serve(
         if folder is not None:
             bound.append(sockets.enter_context(_bind_unix(folder / f"{index}.sock")))
         server.run(sockets=bound)
+
+
+class _JsonLines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        log_line({"event": "uvicorn", "level": record.levelname.lower(), "message": record.getMessage()})
+
+
+def _log_as_json() -> None:
+    """uvicorn's own warnings in the form of all the other lines."""
+    logger = logging.getLogger("uvicorn")
+    logger.handlers = [_JsonLines()]
+    logger.propagate = False
 
 
 def _bind_unix(path: Path) -> socket.socket:

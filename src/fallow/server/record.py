@@ -50,11 +50,11 @@ class RequestRecord:
 
     @property
     def time_per_output_token(self) -> float | None:
-        """Seconds a token after the first one, over all choices of the request."""
+        """Mean seconds between two tokens, from the first to the last one, of the longest choice."""
         made = self.generation
-        if made is None or made.first_token_at is None or made.last_token_at is None or made.completion_tokens < 2:
+        if made is None or made.first_token_at is None or made.last_token_at is None or made.longest_choice < 2:
             return None
-        return (made.last_token_at - made.first_token_at) / (made.completion_tokens - 1)
+        return (made.last_token_at - made.first_token_at) / (made.longest_choice - 1)
 
     def to_json(self) -> dict[str, Any]:
         """One log entry: no prompt, no text, no key."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Sequence
 from json.encoder import encode_basestring_ascii
@@ -12,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fallow.server.errors import ApiError
-from fallow.server.generation import DisconnectedError, Generation
+from fallow.server.generation import Generation
 
 if TYPE_CHECKING:
     from fallow.engine.outputs import RequestDelta
@@ -44,13 +43,11 @@ class EventStream(Response):
         *,
         write: Callable[[Sequence[tuple[int, RequestDelta]]], bytes],
         finish: Callable[[], bytes],
-        send_timeout: float,
     ) -> None:
         super().__init__()
         self._generation = generation
         self._write = write
         self._finish = finish
-        self._send_timeout = send_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -60,21 +57,11 @@ class EventStream(Response):
             try:
                 while deltas:
                     if body := self._write(deltas):
-                        await self._send(send, body)
+                        await send({"type": "http.response.body", "body": body, "more_body": True})
                     deltas = await self._generation.batch()
                 tail = self._finish() + b"data: [DONE]\n\n"
             except ApiError as error:
                 tail = event(error.body())
-            await self._send(send, tail)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await send({"type": "http.response.body", "body": tail, "more_body": False})
         finally:
             self._generation.close()
-
-    async def _send(self, send: Send, body: bytes) -> None:
-        """Send, or give up on a client that has not read for ``send_timeout`` seconds."""
-        sending = send({"type": "http.response.body", "body": body, "more_body": True})
-        try:
-            async with asyncio.timeout(self._send_timeout):
-                await sending
-        except TimeoutError:
-            raise DisconnectedError from None
