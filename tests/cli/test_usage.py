@@ -45,6 +45,7 @@ def test_help_loads_nothing_heavy():
         ["run", "   "],
         ["eval", "smollm2-135m"],
         ["serve", "--port", "99999"],
+        ["serve", "--api-key", ""],
     ],
 )
 def test_bad_usage_is_2(fallow, arguments):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,8 +16,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(envvar="FALLOW_API_KEY", help="A key that a client must send; give it again for another."),
+        typer.Option(help="A key that clients must send, or several; also from FALLOW_API_KEY."),
     ] = None,
+    api_key_file: Annotated[str | None, typer.Option(help="A file with a key a line.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="The name in the API, where it is not MODEL.")] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences in a batch at most.")] = 64,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for a place in the batch.")] = 1024,
@@ -35,20 +36,24 @@ def serve(
     threads: Threads = None,
 ) -> None:
     """Serve MODEL over the OpenAI API until Ctrl-C or SIGTERM, which let it finish what was begun."""
-    from fallow.server import ServerSettings
+    if any(not key.strip() for key in api_key or ()):
+        raise typer.BadParameter("--api-key is empty: without a key, leave it out")
 
+    from fallow.server import ServerSettings, load_api_keys
+
+    api_keys = load_api_keys(api_key or (), api_key_file)
     try:
         settings = ServerSettings(
             host=host,
             port=port,
             served_model_name=served_model_name,
-            api_keys=tuple(api_key or ()),
+            api_keys=api_keys,
             price_per_hour=price,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     fetch(model)
-    options = {
+    options: dict[str, Any] = {
         "model": model,
         "precision": precision,
         "threads": threads,
