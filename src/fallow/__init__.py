@@ -1,0 +1,54 @@
+"""Fallow: language models of which most may rest. ``from fallow import Engine, SamplingParams``."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fallow.engine.constraint import Constraint
+    from fallow.engine.engine import Engine
+    from fallow.engine.outputs import RequestDelta, RequestOutput
+    from fallow.engine.sampling import SamplingParams
+    from fallow.errors import FallowError, ModelFileError, OverloadedError, RequestError
+    from fallow.plan import SparsityPlan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Constraint",
+    "Engine",
+    "FallowError",
+    "ModelFileError",
+    "OverloadedError",
+    "RequestDelta",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "SparsityPlan",
+    "__version__",
+]
+
+# Loaded when first used, so that the commands which need no engine start at once.
+_MODULES = {
+    "Constraint": "fallow.engine.constraint",
+    "Engine": "fallow.engine.engine",
+    "FallowError": "fallow.errors",
+    "ModelFileError": "fallow.errors",
+    "OverloadedError": "fallow.errors",
+    "RequestDelta": "fallow.engine.outputs",
+    "RequestError": "fallow.errors",
+    "RequestOutput": "fallow.engine.outputs",
+    "SamplingParams": "fallow.engine.sampling",
+    "SparsityPlan": "fallow.plan",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'fallow' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

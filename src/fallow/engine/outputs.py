@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+TopToken = tuple[int, str, bytes, float]
 
 
 @dataclass(slots=True)
 class TokenLogprob:
-    """A token and its log-probability; ``top`` holds (token id, text, bytes, log-probability), most likely first.
+    """A token and its log-probability; ``top`` holds (token id, token, bytes, logprob), most likely first.
 
     ``bytes`` is what the token adds to the text, which can be part of a character; ``token`` shows special tokens too.
     """
@@ -19,7 +20,7 @@ class TokenLogprob:
     token: str
     bytes: bytes
     logprob: float
-    top: list[tuple[int, str, bytes, float]]
+    top: list[TopToken]
 
 
 @dataclass(slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -105,7 +104,7 @@ def _whole(name: str, value: object, low: int, high: int | None) -> None:
 def _number(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RequestError(f"{name} must be a number, not {_shown(value)}.", param=name)
-    if math.isnan(value) or not low <= value <= high:
+    if not low <= value <= high:  # not a number is in no range
         raise RequestError(f"{name} must be a number from {low} to {high}, not {_shown(value)}.", param=name)
 
 

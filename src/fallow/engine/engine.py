@@ -1,0 +1,423 @@
+"""The engine: text in, text out, many requests at once on one model."""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+import uuid
+import weakref
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any, Literal, cast
+
+from fallow.engine.constraint import GrammarVocabulary
+from fallow.engine.detokenize import Detokenizer
+from fallow.engine.loop import Runner, StepLoop
+from fallow.engine.memory import kv_cache_pages
+from fallow.engine.outputs import (
+    CompletionOutput,
+    EngineStats,
+    FinishReason,
+    OutputBuilder,
+    RequestDelta,
+    RequestOutput,
+    TokenLogprob,
+)
+from fallow.engine.pages import PageManager
+from fallow.engine.sampling import SamplingParams
+from fallow.engine.scheduler import Scheduler
+from fallow.engine.sequence import Request
+from fallow.engine.sequence import Sequence as EngineSequence
+from fallow.engine.speculate import DRAFT_ROWS
+from fallow.errors import FallowError, RequestError
+from fallow.models.config import ModelConfig
+from fallow.models.tokenizer import Tokenizer
+from fallow.plan import SparsityPlan
+
+__all__ = [
+    "CompletionOutput",
+    "Engine",
+    "EngineStats",
+    "FinishReason",
+    "RequestDelta",
+    "RequestOutput",
+    "TokenLogprob",
+]
+
+Speculation = Literal["prompt-lookup"]
+MAX_SEQUENCES = 1024
+MAX_CHUNK = 1 << 16
+
+
+class Engine:
+    """Serves one model on this machine's cores. All methods may be called on any thread.
+
+    ``model`` is a known name, a hub id, a GGUF file or a Hugging Face folder. ``precision`` is that of
+    ``ModelRunner``. ``max_context`` (tokens of prompt and output) and ``kv_cache_bytes`` follow from the model and the
+    memory at hand. A step computes ``max_num_seqs`` sequences and ``prefill_chunk`` tokens at most; ``max_queue``
+    requests may wait for their turn. None of these, nor ``prefix_caching`` or ``speculation``, changes an output.
+
+    Raises ``ModelFileError`` where the model cannot be loaded and ``FallowError`` for options that cannot be met.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "smollm2-135m",
+        *,
+        precision: Literal["auto", "bf16", "q8", "q4"] = "auto",
+        threads: int | None = None,
+        max_context: int | None = None,
+        kv_cache_bytes: int | None = None,
+        max_num_seqs: int = 64,
+        prefill_chunk: int = 512,
+        max_queue: int = 1024,
+        prefix_caching: bool = True,
+        speculation: Speculation | None = None,
+        plan: SparsityPlan | None = None,
+    ) -> None:
+        _check_options(max_num_seqs, prefill_chunk, max_queue, max_context, speculation)
+        if plan is not None:
+            plan.require_dense()
+        from fallow.engine.rope import longest_context  # noqa: PLC0415  the native core is loaded for a real model only
+        from fallow.engine.runner import ModelRunner  # noqa: PLC0415
+        from fallow.models.checkpoint import open_checkpoint  # noqa: PLC0415
+        from fallow.models.store import resolve  # noqa: PLC0415
+        from fallow.models.tokenizer import load_tokenizer  # noqa: PLC0415
+
+        path = resolve(model)
+        tokenizer = load_tokenizer(path)
+        checkpoint = open_checkpoint(path)
+        config = checkpoint.config
+        context = longest_context(config.rope, config.max_position_embeddings)
+        num_pages = kv_cache_pages(
+            config,
+            page_size=ModelRunner.page_size,
+            context=min(context, max_context or context),
+            max_sequences=max_num_seqs,
+            kv_cache_bytes=kv_cache_bytes,
+        )
+        runner = ModelRunner(
+            checkpoint,
+            precision=precision,
+            threads=threads,
+            num_pages=num_pages,
+            max_step_tokens=max(prefill_chunk, max_num_seqs + DRAFT_ROWS),
+            max_step_sequences=max_num_seqs + (DRAFT_ROWS if speculation else 0),
+            plan=plan,
+        )
+        self._begin(
+            runner,
+            tokenizer,
+            model_name=str(model) if not Path(model).exists() else Path(model).stem,
+            max_context=max_context,
+            max_num_seqs=max_num_seqs,
+            prefill_chunk=prefill_chunk,
+            max_queue=max_queue,
+            prefix_caching=prefix_caching,
+            speculation=speculation,
+        )
+
+    @classmethod
+    def over(
+        cls,
+        runner: Any,
+        tokenizer: Tokenizer,
+        *,
+        model_name: str = "model",
+        max_context: int | None = None,
+        max_num_seqs: int = 64,
+        prefill_chunk: int = 512,
+        max_queue: int = 1024,
+        prefix_caching: bool = True,
+        speculation: Speculation | None = None,
+    ) -> Engine:
+        """An engine over a runner that exists, which it owns and closes: a ``ModelRunner`` or one with its methods.
+
+        The runner must take steps of ``max(prefill_chunk, max_num_seqs + 32)`` tokens and, with speculation,
+        ``max_num_seqs + 32`` rows with logits.
+        """
+        _check_options(max_num_seqs, prefill_chunk, max_queue, max_context, speculation)
+        engine = cls.__new__(cls)
+        engine._begin(
+            runner,
+            tokenizer,
+            model_name=model_name,
+            max_context=max_context,
+            max_num_seqs=max_num_seqs,
+            prefill_chunk=prefill_chunk,
+            max_queue=max_queue,
+            prefix_caching=prefix_caching,
+            speculation=speculation,
+        )
+        return engine
+
+    def _begin(
+        self,
+        runner: Any,
+        tokenizer: Tokenizer,
+        *,
+        model_name: str,
+        max_context: int | None,
+        max_num_seqs: int,
+        prefill_chunk: int,
+        max_queue: int,
+        prefix_caching: bool,
+        speculation: Speculation | None,
+    ) -> None:
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.config: ModelConfig = runner.config
+        self.model_name = model_name
+        capacity = runner.num_pages * runner.page_size
+        self.max_context: int = min(runner.max_context, capacity, max_context or capacity)
+        self._max_queue = max_queue
+        self._prefix_caching = prefix_caching
+        self._speculation = speculation is not None
+        self._eos = frozenset(tokenizer.eos_token_ids) | frozenset(self.config.eos_token_ids)
+        self._grammars: GrammarVocabulary | None = None
+        self._grammars_lock = Lock()
+        self.scheduler = Scheduler(
+            PageManager(runner.num_pages, runner.page_size),
+            max_sequences=max_num_seqs,
+            max_step_tokens=max(prefill_chunk, max_num_seqs),
+            max_context=self.max_context,
+            vocab_size=runner.vocab_size,
+            describe=_describer(tokenizer),
+        )
+        self._loop = StepLoop(cast(Runner, runner), self.scheduler, max_queue=max_queue)
+        self._finalizer = weakref.finalize(self, self._loop.close)
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        sampling_params: SamplingParams | None,
+        on_delta: Callable[[RequestDelta], None],
+    ) -> str:
+        """Queue a prompt (text, or token ids as they are) and return the request's id.
+
+        ``on_delta`` is called on the engine's thread, possibly before this returns, and must not block. Every choice
+        ends with one delta that has a ``finish_reason``. Raises ``RequestError`` where the request cannot be served
+        and ``OverloadedError`` where the queue is full.
+        """
+        params = sampling_params or SamplingParams()
+        params.check_vocabulary(self.runner.vocab_size)
+        tokens = self._prompt_tokens(prompt)
+        if params.seed is None:
+            params = replace(params, seed=int.from_bytes(os.urandom(8), "little"))
+        room = self.max_context - len(tokens)
+        request = Request(
+            uuid.uuid4().hex,
+            self._loop.next_number(),
+            params,
+            tokens,
+            on_delta,
+            salt=b"" if self._prefix_caching else os.urandom(16),
+        )
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+        vocabulary = self._grammar_vocabulary() if params.constraint is not None else None
+        for index in range(params.n):
+            constraint = None
+            if params.constraint is not None and vocabulary is not None:
+                constraint = params.constraint.start(vocabulary)
+            request.sequences.append(
+                EngineSequence(
+                    request,
+                    index,
+                    max_length=len(tokens) + min(room, params.max_tokens or room),
+                    stop_ids=stop_ids,
+                    detokenizer=Detokenizer(
+                        self.tokenizer.token_bytes, tuple(params.stop), params.include_stop_str_in_output
+                    ),
+                    constraint=constraint,
+                    speculate=self._speculation,
+                )
+            )
+        request.unfinished = params.n
+        self._loop.submit(request)
+        return request.request_id
+
+    def _prompt_tokens(self, prompt: str | Sequence[int]) -> array[int]:
+        vocab_size = self.runner.vocab_size
+        if isinstance(prompt, str):
+            ids: Sequence[int] = self.tokenizer.encode(prompt)
+        else:
+            ids = prompt
+            for token in ids:
+                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+                    raise RequestError(
+                        f"The prompt holds {token!r:.40}, but token ids run from 0 to {vocab_size - 1}.",
+                        param="prompt",
+                    )
+        if not ids:
+            raise RequestError("The prompt is empty: give at least one token.", param="prompt")
+        if len(ids) + 1 > self.max_context:
+            raise RequestError(
+                f"The prompt has {len(ids)} tokens, but this engine's context is {self.max_context} tokens for the "
+                "prompt and the answer together: shorten the prompt.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        return array("i", ids)
+
+    def _grammar_vocabulary(self) -> GrammarVocabulary:
+        with self._grammars_lock:
+            if self._grammars is None:
+                self._grammars = GrammarVocabulary(self.tokenizer, self.runner.vocab_size)
+            return self._grammars
+
+    def cancel(self, request_id: str) -> None:
+        """End a request soon; its choices end with ``"cancelled"``. A request that has ended stays as it is."""
+        self._loop.cancel(request_id)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        sampling_params: SamplingParams | None = None,
+    ) -> list[RequestOutput]:
+        """Answer all prompts and return when the last is done, in their order.
+
+        More prompts than the queue holds are handed in as it empties. Raises as ``submit``, ``FallowError`` where the
+        engine fails at one.
+        """
+        calls: list[_Call] = []
+        try:
+            for prompt in [prompts] if isinstance(prompts, str) else prompts:
+                if len(calls) >= self._max_queue:
+                    calls[len(calls) - self._max_queue].done.wait()
+                calls.append(_Call(self, prompt, sampling_params))
+            return [call.result() for call in calls]
+        finally:
+            for call in calls:
+                call.cancel()
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> RequestOutput:
+        """Answer a conversation under the model's own chat template. Raises as ``generate``."""
+        text = self.tokenizer.apply_chat_template(messages, tools=tools)
+        try:
+            call = _Call(self, self.tokenizer.encode(text, add_special_tokens=False), sampling_params)
+        except RequestError as error:
+            if error.code == "context_length_exceeded":
+                error.param = "messages"
+            raise
+        try:
+            return call.result()
+        finally:
+            call.cancel()
+
+    def stream(
+        self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestDelta]:
+        """The deltas of one request as they come; closing the iterator early cancels it. Raises as ``submit``."""
+        deltas: queue.SimpleQueue[RequestDelta] = queue.SimpleQueue()
+        request_id = self.submit(prompt, sampling_params, deltas.put)
+        return self._deltas(request_id, deltas, (sampling_params or SamplingParams()).n)
+
+    def _deltas(
+        self, request_id: str, deltas: queue.SimpleQueue[RequestDelta], unfinished: int
+    ) -> Iterator[RequestDelta]:
+        try:
+            while unfinished:
+                delta = deltas.get()
+                unfinished -= delta.finish_reason is not None
+                yield delta
+        finally:
+            if unfinished:
+                self.cancel(request_id)
+
+    def stats(self) -> EngineStats:
+        """Counts of this moment and totals from the start."""
+        return self._loop.stats()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests and wait (seconds) until all that were taken have ended; whether they have."""
+        return self._loop.drain(timeout)
+
+    def close(self) -> None:
+        """Cancel what runs and free the model. Idempotent."""
+        self._finalizer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Call:
+    """One request of a caller who waits for its whole output."""
+
+    def __init__(self, engine: Engine, prompt: str | Sequence[int], params: SamplingParams | None) -> None:
+        self.done = Event()
+        self._engine = engine
+        self._builder = OutputBuilder((params or SamplingParams()).n)
+        self._started = time.perf_counter()
+        self._first_token: float | None = None
+        self._ended = 0.0
+        self._id = engine.submit(prompt, params, self._receive)
+
+    def _receive(self, delta: RequestDelta) -> None:
+        if self._first_token is None and delta.token_ids:
+            self._first_token = time.perf_counter()
+        self._builder.add(delta)
+        if not self._builder.unfinished:
+            self._ended = time.perf_counter()
+            self.done.set()
+
+    def cancel(self) -> None:
+        if not self.done.is_set():
+            self._engine.cancel(self._id)
+
+    def result(self) -> RequestOutput:
+        """Waits. Raises ``FallowError`` where the engine failed or was closed."""
+        self.done.wait()
+        outputs = self._builder.outputs
+        for output in outputs:
+            if output.finish_reason == "error":
+                raise FallowError(output.error or "The engine failed at this request.")
+            if output.finish_reason == "cancelled":
+                raise FallowError("The engine was closed before the answer was complete.")
+        return RequestOutput(
+            self._id,
+            self._builder.prompt_tokens,
+            outputs,
+            (self._first_token or self._ended) - self._started,
+            self._ended - self._started,
+            self._builder.cached_tokens,
+        )
+
+
+def _describer(tokenizer: Tokenizer) -> Callable[[int], tuple[str, bytes]]:
+    """The text of a token as it is shown and the bytes that it adds; the model can have more rows than tokens."""
+
+    def describe(token_id: int) -> tuple[str, bytes]:
+        raw = tokenizer.token_bytes[token_id] if token_id < tokenizer.vocab_size else b""
+        return tokenizer.token_text(token_id), raw
+
+    return describe
+
+
+def _check_options(
+    max_num_seqs: int, prefill_chunk: int, max_queue: int, max_context: int | None, speculation: str | None
+) -> None:
+    limits = {
+        "max_num_seqs": (max_num_seqs, MAX_SEQUENCES),
+        "prefill_chunk": (prefill_chunk, MAX_CHUNK),
+        "max_queue": (max_queue, 2**31 - 1),
+        "max_context": (2 if max_context is None else max_context, 2**31 - 1),
+    }
+    for name, (value, most) in limits.items():
+        least = 2 if name == "max_context" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise FallowError(f"{name} must be a whole number from {least} to {most}, not {value!r}.")
+    if speculation not in (None, "prompt-lookup"):
+        raise FallowError(f"speculation must be None or 'prompt-lookup', not {speculation!r}.")
