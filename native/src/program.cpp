@@ -21,6 +21,9 @@ struct Overloaded : F... {
 template <class... F>
 Overloaded(F...) -> Overloaded<F...>;
 
+constexpr int few_rows = 64;
+constexpr size_t next_bytes = 16384;
+
 constexpr Partial nothing{-std::numeric_limits<float>::infinity(), 0.f};
 
 }  // namespace
@@ -172,6 +175,12 @@ void Program::finish(int logits_buffer) {
   }
   row_sequence_.resize(limits_.max_tokens);
   row_position_.resize(limits_.max_tokens);
+  next_linear_.assign(operations_.size(), -1);
+  int next = -1;
+  for (int i = static_cast<int>(operations_.size()) - 1; i >= 0; --i) {
+    next_linear_[i] = next;
+    if (const auto* o = std::get_if<op::Linear>(&operations_[i])) next = o->weights;
+  }
   next_ = std::make_unique<std::atomic<int>[]>(operations_.size() + 1);
 }
 
@@ -302,8 +311,19 @@ void Program::execute(const op::Linear& o, int index, int thread) {
                         o.epilogue};
   uint8_t* scratch = scratch_[thread].linear.data();
   const int pairs = (w.tiles + 1) / 2;
-  const int threads = pool_.size();
-  const int chunk = std::max(1, pairs / (threads * 8));
+  const int64_t threads = pool_.size();
+  if (task.rows <= few_rows) {
+    // Bound by memory: each thread streams one run of weights, and fetches the start of its next one while others finish.
+    kernels_.linear(task, 2 * static_cast<int>(pairs * thread / threads), 2 * static_cast<int>(pairs * (thread + 1) / threads), scratch);
+    const int next = next_linear_[index];
+    if (next < 0) return;
+    const PackedLinear& after = *weights_[next];
+    const uint8_t* p = after.tile(2 * static_cast<int>((after.tiles + 1) / 2 * int64_t{thread} / threads));
+    const uint8_t* end = after.memory.data() + after.memory.size();
+    for (size_t line = 0; line < next_bytes && p + line < end; line += 64) __builtin_prefetch(p + line, 0, 2);
+    return;
+  }
+  const int chunk = std::max(1, pairs / static_cast<int>(threads * 8));
   for (int begin = 0; (begin = next_[index].fetch_add(chunk, std::memory_order_relaxed)) < pairs;) {
     kernels_.linear(task, 2 * begin, 2 * std::min(begin + chunk, pairs), scratch);
   }

@@ -26,14 +26,20 @@ inline Visible visible(const AttentionTask& task, int segment, int row) {
   return {std::min(low, segment_tokens), std::clamp(position + 1 - first, 0, segment_tokens)};
 }
 
+// `next`: two further runs of as many bytes as the keys, fetched from memory while these are computed, or null.
 template <class S, int MR>
-inline void score_page(const uint16_t* const* queries, const uint16_t* keys, int head_pairs, float* scores) {
+inline void score_page(const uint16_t* const* queries, const uint16_t* keys, int head_pairs, const uint16_t* const (&next)[2], float* scores) {
   typename S::F acc[MR][2];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) acc[m][0] = acc[m][1] = S::zero();
   for (int d = 0; d < head_pairs; ++d) {
     const auto k0 = S::load_bytes(keys + d * page_size * 2);
     const auto k1 = S::load_bytes(keys + d * page_size * 2 + 2 * lanes);
+    for (const uint16_t* p : next) {
+      if (p == nullptr) continue;
+      S::prefetch(p + d * page_size * 2);
+      S::prefetch(p + d * page_size * 2 + 2 * lanes);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
       const auto q = S::set1_i32(load_quad(queries[m] + 2 * d));
@@ -119,10 +125,11 @@ inline void weigh_values(const float* probabilities, const uint16_t* const* page
 
 template <class S, int MR>
 inline void attend_block(const uint16_t* const* queries, const uint16_t* const* keys, const uint16_t* const* values_at,
-                         int begin, int end, int filled, const Visible* see, float scale, int head_pairs,
+                         int begin, int end, int filled, bool first, const Visible* see, float scale, int head_pairs,
                          int padded_dim, Partial* partials, float* values, float* scores) {
   for (int page = begin; page < end; ++page) {
-    score_page<S, MR>(queries, keys[page], head_pairs, scores + page * page_size);
+    const uint16_t* const next[2] = {first ? values_at[page] : nullptr, first && page + 1 < end ? keys[page + 1] : nullptr};
+    score_page<S, MR>(queries, keys[page], head_pairs, next, scores + page * page_size);
   }
   for (int m = 0; m < MR; ++m) {
     partials[m] = softmax_segment<S>(scores + m * segment_tokens, begin * 2, end * 2, see[m], scale);
@@ -171,7 +178,7 @@ void attention(const AttentionTask& task, int segment, Partial* partials, float*
     float* value = values + static_cast<size_t>(first) * padded_dim;
     float* scores = scratch + static_cast<size_t>(first) * segment_tokens;
     const auto block = [&](auto rows) {
-      attend_block<S, decltype(rows)::value>(q, keys, values_at, begin, end, filled, see, task.scale, padded_dim / 2,
+      attend_block<S, decltype(rows)::value>(q, keys, values_at, begin, end, filled, first == 0, see, task.scale, padded_dim / 2,
                                              padded_dim, partial, value, scores);
     };
     switch (take) {

@@ -12,8 +12,6 @@
 
 namespace fallow::kernels {
 
-constexpr int fetch_ahead = 4096;  // bytes: a memory latency at a core's share of the bandwidth
-
 inline int32_t load_quad(const void* p) {
   int32_t v;
   std::memcpy(&v, p, 4);
@@ -29,6 +27,8 @@ struct TileSource {
   const uint8_t* codes[2];  // 8-bit codes, one 64-byte quad after the other; or packed 4-bit codes
   const uint8_t* scales[2];
   const uint8_t* weight_pairs[2];
+  const uint8_t* next;  // the tiles that come after these, fetched from memory while these are computed
+  size_t fetch;         // bytes of them a step
 };
 
 template <class S, Scales SC>
@@ -58,7 +58,14 @@ inline void start_with_pairs(const TileSource& t, typename S::F (&acc)[MR][NR]) 
 }
 
 // CODES: how the codes lie in memory (q4 or q8).
-// FIRST: these are the first rows to read the weights, which come from memory: fetch ahead.
+// A step's part of the tiles that come next.
+template <class S>
+inline void fetch_next(const TileSource& t, int step) {
+  const uint8_t* p = t.next + step * t.fetch;
+  for (size_t line = 0; line < t.fetch; line += 64) S::prefetch(p + line);
+}
+
+// FIRST: these are the first rows to read the tiles.
 template <class S, int MR, int NR, Codes CODES, int GROUP, Scales SC, bool FIRST>
 inline void quantised_tile(const TileSource& t, typename S::F (&acc)[MR][NR]) {
   using I = typename S::I;
@@ -76,12 +83,8 @@ inline void quantised_tile(const TileSource& t, typename S::F (&acc)[MR][NR]) {
     }
     const uint8_t* codes[NR];
 #pragma GCC unroll 2
-    for (int n = 0; n < NR; ++n) {
-      codes[n] = t.codes[n] + static_cast<size_t>(g) * group_bytes;
-      if constexpr (FIRST) {
-        for (int line = 0; line < group_bytes; line += 64) S::prefetch(codes[n] + fetch_ahead + line);
-      }
-    }
+    for (int n = 0; n < NR; ++n) codes[n] = t.codes[n] + static_cast<size_t>(g) * group_bytes;
+    if constexpr (FIRST) fetch_next<S>(t, g);
     const uint8_t* a = t.activations + g * GROUP;
     if constexpr (CODES == Codes::q4) {
 #pragma GCC unroll 4
@@ -157,10 +160,8 @@ inline void bf16_tile(const TileSource& t, int in_pairs, typename S::F (&acc)[MR
   for (int k = 0; k < in_pairs; ++k) {
     typename S::I w[NR];
 #pragma GCC unroll 2
-    for (int n = 0; n < NR; ++n) {
-      w[n] = S::load_bytes(t.codes[n] + static_cast<size_t>(k) * 64);
-      if constexpr (FIRST) S::prefetch(t.codes[n] + static_cast<size_t>(k) * 64 + fetch_ahead);
-    }
+    for (int n = 0; n < NR; ++n) w[n] = S::load_bytes(t.codes[n] + static_cast<size_t>(k) * 64);
+    if constexpr (FIRST) fetch_next<S>(t, k);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
       const auto a = S::set1_i32(load_quad(t.activations + m * t.stride + k * 4));
@@ -244,7 +245,6 @@ inline int compute_some(const LinearTask& task, TileSource& t, int row, int tile
 template <class S>
 inline void widen_codes(const uint8_t* packed, int groups, uint8_t* out) {
   for (int g = 0; g < groups; ++g, packed += 256, out += 512) {
-    for (int line = 0; line < 256; line += 64) S::prefetch(packed + fetch_ahead + line);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const auto both = S::load_bytes(packed + j * 64);
@@ -264,9 +264,12 @@ void linear_tiles(const LinearTask& task, int begin, int end, uint8_t* scratch) 
   t.pairs_at = task.format.pairs_at();
   t.groups = w.groups;
   t.pairs = w.pairs;
+  const int steps = CODES == Codes::bf16 ? (w.in_features + 1) / 2 : w.groups;
+  t.fetch = (2 * w.tile_bytes / steps + 63) / 64 * 64;
   // Widening pays once the codes are used by more than one register tile.
-  const bool widen = CODES == Codes::q4 && task.rows > S::max_rows;
+  const bool widen = CODES == Codes::q4 && task.rows > 6 * S::max_rows;
   for (int tile = begin; tile < end; tile += 2) {
+    t.next = w.tile(tile + 2);
     for (int n = 0; n < 2; ++n) {
       const uint8_t* p = w.tile(tile + n);
       t.codes[n] = p;
@@ -279,7 +282,8 @@ void linear_tiles(const LinearTask& task, int begin, int end, uint8_t* scratch) 
       }
     }
     if (widen) {
-      for (int row = 0; row < task.rows;) row += compute_some<S, Codes::q8, GROUP, SC, false>(task, t, row, tile);
+      int row = compute_some<S, Codes::q8, GROUP, SC, true>(task, t, 0, tile);
+      while (row < task.rows) row += compute_some<S, Codes::q8, GROUP, SC, false>(task, t, row, tile);
     } else {
       int row = compute_some<S, CODES, GROUP, SC, true>(task, t, 0, tile);
       while (row < task.rows) row += compute_some<S, CODES, GROUP, SC, false>(task, t, row, tile);
