@@ -12,6 +12,7 @@ import tokenizers
 
 from fallow.errors import ModelFileError, RequestError
 from fallow.models.chat_template import ChatTemplate
+from fallow.models.gguf import GgufFile
 from fallow.models.gguf_tokenizer import tokenizer_from_gguf
 from fallow.models.tokenizer_json import check_document, token_bytes_of
 
@@ -154,7 +155,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = files[0]
     if not path.is_file():
         raise ModelFileError(f"{path} is neither a GGUF file nor a folder with a tokenizer.json.")
-    parts = tokenizer_from_gguf(_gguf_metadata(path))
+    parts = tokenizer_from_gguf(GgufFile(path).metadata)
     return Tokenizer(
         parts.document,
         bos_token_id=parts.bos_token_id,
@@ -163,12 +164,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         add_eos_token=parts.add_eos_token,
         chat_template=parts.chat_template,
     )
-
-
-def _gguf_metadata(path: Path) -> dict[str, Any]:
-    import gguf
-
-    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
 def _from_folder(folder: Path) -> Tokenizer:
