@@ -18,7 +18,7 @@ from fallow.meter.energy import EnergyMeter
 from fallow.server import replica_metrics
 from fallow.server.body import parse, read_body
 from fallow.server.chat import ChatWriter, prepare_chat
-from fallow.server.completions import CompletionWriter, prepare_completion
+from fallow.server.completions import CompletionWriter, prompts_of
 from fallow.server.docs_page import docs_page
 from fallow.server.errors import ApiError, from_engine
 from fallow.server.gateway import Gateway, GatewayState
@@ -28,6 +28,7 @@ from fallow.server.openapi import describe_routes, error_responses
 from fallow.server.record import record_of
 from fallow.server.requests import ChatCompletionRequest, CompletionRequest
 from fallow.server.responses import ChatCompletion, Completion, Health, ModelCard, ModelList
+from fallow.server.sampling import sampling_params
 from fallow.server.settings import ServerSettings
 from fallow.server.sse import EventStream
 from fallow.server.usage import VERSION
@@ -152,7 +153,7 @@ def create_app(
         return await service.answer(
             http,
             request,
-            lambda: prepare_completion(engine, request),
+            lambda: (prompts_of(request), sampling_params(request)),
             lambda generation: CompletionWriter(engine, request, generation, service.model),
         )
 

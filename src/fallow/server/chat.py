@@ -38,7 +38,7 @@ def prepare_chat(engine: Engine, request: ChatCompletionRequest) -> tuple[list[l
     messages = template_messages(request.messages, tools, template_knows_tools=knows_tools)
     shown = template_tools(tools) if tools and knows_tools else None
     text = template.render(messages, tools=shown, add_generation_prompt=True)
-    sampling = sampling_params(request, vocab_size=engine.tokenizer.vocab_size, constraint=_constraint(request))
+    sampling = sampling_params(request, constraint=_constraint(request))
     # The template writes the special tokens itself.
     return [engine.tokenizer.encode(text, add_special_tokens=False)], sampling
 

@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fallow.engine.sampling import SamplingParams
 from fallow.errors import RequestError
 from fallow.server.chat import by_choice
 from fallow.server.generation import Generation
 from fallow.server.logprobs import completion_logprobs, text_length
 from fallow.server.requests import MAX_PROMPTS, CompletionRequest
-from fallow.server.sampling import check_prompt_ids, sampling_params
 from fallow.server.sse import event, json_string
 from fallow.server.usage import FINGERPRINT, usage
 
@@ -31,17 +29,6 @@ def prompts_of(request: CompletionRequest) -> list[str] | list[list[int]]:
     if len(prompts) * (request.n or 1) > MAX_PROMPTS:
         raise RequestError(f"prompt and n ask for more than {MAX_PROMPTS} choices: send several requests.", param="n")
     return prompts
-
-
-def prepare_completion(
-    engine: Engine, request: CompletionRequest
-) -> tuple[list[str] | list[list[int]], SamplingParams]:
-    """The prompts, and how to sample. Raises ``ApiError`` or ``FallowError``."""
-    prompts = prompts_of(request)
-    for prompt in prompts:
-        if isinstance(prompt, list):
-            check_prompt_ids(prompt, engine.tokenizer.vocab_size)
-    return prompts, sampling_params(request, vocab_size=engine.tokenizer.vocab_size)
 
 
 @dataclass

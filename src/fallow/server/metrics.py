@@ -66,7 +66,7 @@ class _EngineCollector(Collector):
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(f"fallow_{name}", text, value=value)
-        counters = (
+        counters: tuple[tuple[str, str, float], ...] = (
             ("prompt_tokens", "Tokens of prompts, cached ones too.", stats.prompt_tokens),
             ("generated_tokens", "Tokens written.", stats.generated_tokens),
             ("prefix_cached_tokens", "Prompt tokens that were found in the cache.", stats.prefix_hits),
@@ -76,8 +76,8 @@ class _EngineCollector(Collector):
             ("engine_steps", "Steps of the engine.", stats.steps),
             ("engine_busy_seconds", "Seconds in which the engine computed.", stats.busy_seconds),
         )
-        for name, text, value in counters:
-            yield CounterMetricFamily(f"fallow_{name}", text, value=value)
+        for name, text, count in counters:
+            yield CounterMetricFamily(f"fallow_{name}", text, value=count)
         joules = CounterMetricFamily(
             "fallow_energy_joules", "Energy since the start; source says how it was measured.", labels=["source"]
         )

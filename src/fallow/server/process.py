@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,14 +170,18 @@ def serve(
 
 class _JsonLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        log_line({"event": "uvicorn", "level": record.levelname.lower(), "message": record.getMessage()})
+        entry = {"event": record.name, "level": record.levelname.lower(), "message": record.getMessage()}
+        if record.exc_info and record.exc_info[1]:
+            entry["error"] = "".join(traceback.format_exception(record.exc_info[1]))
+        log_line(entry)
 
 
 def _log_as_json() -> None:
-    """uvicorn's own warnings in the form of all the other lines."""
-    logger = logging.getLogger("uvicorn")
-    logger.handlers = [_JsonLines()]
-    logger.propagate = False
+    """The warnings of uvicorn and of the engine in the form of all the other lines."""
+    for name in ("uvicorn", "fallow"):
+        logger = logging.getLogger(name)
+        logger.handlers = [_JsonLines()]
+        logger.propagate = False
 
 
 def _bind_unix(path: Path) -> socket.socket:

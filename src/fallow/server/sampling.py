@@ -28,7 +28,7 @@ _SHARED = (
 
 
 def sampling_params(
-    request: ChatCompletionRequest | CompletionRequest, *, vocab_size: int, constraint: Constraint | None = None
+    request: ChatCompletionRequest | CompletionRequest, *, constraint: Constraint | None = None
 ) -> SamplingParams:
     """Raises ``ApiError`` or ``RequestError`` with the name of the field."""
     chosen: dict[str, Any] = {name: value for name in _SHARED if (value := getattr(request, name)) is not None}
@@ -45,25 +45,10 @@ def sampling_params(
     if request.stop is not None:
         chosen["stop"] = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
     if request.stop_token_ids is not None:
-        _check_ids(request.stop_token_ids, vocab_size, "stop_token_ids")
         chosen["stop_token_ids"] = tuple(request.stop_token_ids)
     if request.logit_bias:
-        bias = {int(token): value for token, value in request.logit_bias.items()}
-        _check_ids(bias, vocab_size, "logit_bias")
-        chosen["logit_bias"] = bias
+        chosen["logit_bias"] = {int(token): value for token, value in request.logit_bias.items()}
     if request.seed is not None:
         # The engine counts from 0, and adds the index of a choice: negative seeds go to the upper half of 2**63.
         chosen["seed"] = request.seed % (2**63 - 1)
     return SamplingParams(**chosen, constraint=constraint)
-
-
-def _check_ids(ids: Any, vocab_size: int, field: str) -> None:
-    if any(token >= vocab_size for token in ids):
-        raise ApiError(
-            400, f"{field} has a token id outside the vocabulary: ids run from 0 to {vocab_size - 1}.", param=field
-        )
-
-
-def check_prompt_ids(prompt: list[int], vocab_size: int) -> None:
-    """Raises ``ApiError`` where a prompt of token ids has one that the model does not know."""
-    _check_ids(prompt, vocab_size, "prompt")
