@@ -10,6 +10,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any, Literal, cast
@@ -399,6 +400,7 @@ class _Call:
 def _describer(tokenizer: Tokenizer) -> Callable[[int], tuple[str, bytes]]:
     """The text of a token as it is shown and the bytes that it adds; the model can have more rows than tokens."""
 
+    @cache
     def describe(token_id: int) -> tuple[str, bytes]:
         raw = tokenizer.token_bytes[token_id] if token_id < tokenizer.vocab_size else b""
         return tokenizer.token_text(token_id), raw

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 
 from fallow.engine.batch import StepBatch, StepResult
-from fallow.engine.outputs import FinishReason, RequestDelta, TokenLogprob
+from fallow.engine.outputs import FinishReason, RequestDelta, TokenLogprob, TopToken
 from fallow.engine.pages import PageManager
 from fallow.engine.running import Chunk, RunningSet
 from fallow.engine.sequence import Request, Sequence
@@ -283,13 +283,12 @@ class Scheduler:
         return events
 
     def _logprob(self, result: StepResult, row: int, token: int, count: int) -> TokenLogprob:
-        text, raw = self._describe(token)
-        top = []
-        for other, logprob in zip(
-            result.top_tokens[row, :count].tolist(), result.top_logprobs[row, :count].tolist(), strict=True
-        ):
-            top.append((other, *self._describe(other), logprob))
-        return TokenLogprob(token, text, raw, float(result.logprobs[row]), top)
+        describe = self._describe
+        top: list[TopToken] = []
+        if count:
+            likely = result.top_tokens[row, :count].tolist()
+            top = [(i, *describe(i), p) for i, p in zip(likely, result.top_logprobs[row].tolist(), strict=False)]
+        return TokenLogprob(token, *describe(token), float(result.logprobs[row]), top)
 
     def check(self) -> None:
         """Assert every invariant of the queues and the pages."""

@@ -56,7 +56,10 @@ class PromptLookup:
         """At most ``limit`` tokens that may follow."""
         if self._pause or not self._follow:
             return array("i")
-        return self._tokens[self._follow : self._follow + min(limit, self._length)]
+        length = min(limit, self._length)
+        follow = self._tokens[self._follow : self._follow + length]
+        # What followed can reach to the end of the text: it then goes on in a circle.
+        return follow if len(follow) == length else (follow * (length // len(follow) + 1))[:length]
 
     def observe(self, drafted: int, accepted: int) -> None:
         """How much of the last draft was right."""
