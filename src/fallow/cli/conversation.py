@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from fallow.terminal import note, write_text
 
 if TYPE_CHECKING:
     from fallow.engine.engine import Engine
+    from fallow.engine.outputs import RequestDelta
     from fallow.engine.sampling import SamplingParams
 
 
@@ -101,30 +103,36 @@ class Conversation:
             return tokenizer.encode(messages[-1]["content"])
         if tokenizer.chat_template is None:
             raise FallowError(f"{self.engine.model_name} has no chat template: use --raw with a PROMPT to continue")
-        return tokenizer.encode(tokenizer.chat_template.render(messages), add_special_tokens=False)
+        return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
     def _generate(self, prompt: list[int], on_text: Callable[[str], None]) -> Answer:
         from fallow.meter.energy import EnergyMeter
 
         pieces: list[str] = []
         meter = EnergyMeter()
-        finish_reason, completion_tokens, first_tokens, cached_tokens = "cancelled", 0, 0, 0
+        finish_reason: str | None = None
+        completion_tokens = first_tokens = cached_tokens = 0
         with meter.measure() as energy:
             started = perf_counter()
             first = last = None
-            deltas = self.engine.stream(prompt, self.sampling)
-            with contextlib.suppress(KeyboardInterrupt):
-                for delta in deltas:
+            deltas: SimpleQueue[RequestDelta] = SimpleQueue()
+            request_id = self.engine.submit(prompt, self.sampling, deltas.put)
+            try:
+                while finish_reason is None:
+                    delta = deltas.get()
                     last = perf_counter()
-                    if delta.error:
-                        raise RequestError(delta.error)
+                    if delta.finish_reason == "error":
+                        raise FallowError(delta.error or "the engine failed at this request")
                     if first is None:
                         first, first_tokens = last, delta.completion_tokens
                     pieces.append(delta.text)
                     on_text(delta.text)
                     completion_tokens, cached_tokens = delta.completion_tokens, delta.cached_tokens
-                    finish_reason = delta.finish_reason or finish_reason
-            deltas.close()  # cancels the request where it goes on
+                    finish_reason = delta.finish_reason
+            except KeyboardInterrupt:
+                finish_reason = "cancelled"
+            finally:
+                self.engine.cancel(request_id)
             ended = perf_counter()
         return Answer(
             model=self.engine.model_name,

@@ -24,6 +24,7 @@ def evaluate(
     """Perplexity of MODEL on TEXT."""
     content = read_text(text)
 
+    from fallow.engine.rope import longest_context
     from fallow.engine.runner import ModelRunner
     from fallow.evaluate.perplexity import perplexity
     from fallow.models.checkpoint import open_checkpoint
@@ -31,12 +32,12 @@ def evaluate(
 
     path = fetch(model)
     with spinner(f"Loading {model}"):
-        tokenizer = load_tokenizer(path)
-        runner = ModelRunner(
-            open_checkpoint(path), precision=precision, threads=threads, num_pages=-(-window // ModelRunner.page_size)
-        )
+        tokenizer, checkpoint = load_tokenizer(path), open_checkpoint(path)
+        context = min(window, longest_context(checkpoint.config.rope, checkpoint.config.max_position_embeddings))
+        pages = -(-context // ModelRunner.page_size)
+        runner = ModelRunner(checkpoint, precision=precision, threads=threads, num_pages=pages)
     try:
-        with progress(f"Scoring {text}", unit="tokens") as bar:
+        with progress(unit="tokens") as bar:
             result = perplexity(runner, tokenizer, content, window=window, progress=bar)
     finally:
         runner.close()
