@@ -186,6 +186,30 @@ def test_the_latest_is_set_back_and_goes_on_to_the_same_tokens() -> None:
     assert len(bench.told[0, 0]) == 60
 
 
+def test_a_sequence_that_ended_in_a_failed_step_is_told_of_it() -> None:
+    bench = Bench()
+    first, second = bench.add([1] * 9, max_tokens=2), bench.add([2] * 9)
+    bench.step()
+
+    def broken(token: int) -> str:
+        raise RuntimeError
+
+    class Broken:
+        feed = broken
+        finish = staticmethod(lambda: "")
+
+    second.sequences[0].detokenizer = Broken  # type: ignore[assignment]
+    with pytest.raises(RuntimeError):
+        bench.step()
+    assert first.sequences[0].finish_reason == "length"
+    assert bench.scheduler.running_requests() == [first, second]
+    for request in (first, second):
+        bench.tell(bench.scheduler.stop(request, "error", "because"))
+    bench.scheduler.check()
+    assert bench.scheduler.pages.used_pages == 0
+    assert [bench.told[number, 0][-1].finish_reason for number in (0, 1)] == ["error", "error"]
+
+
 @pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize("seed", range(12))
 def test_no_page_is_lost_on_any_path(seed: int, speculate: bool) -> None:

@@ -175,7 +175,6 @@ class Engine:
         self.model_name = model_name
         capacity = runner.num_pages * runner.page_size
         self.max_context: int = min(runner.max_context, capacity, max_context or capacity)
-        self._max_queue = max_queue
         self._prefix_caching = prefix_caching
         self._speculation = speculation is not None
         self._eos = frozenset(tokenizer.eos_token_ids) | frozenset(self.config.eos_token_ids)
@@ -204,6 +203,16 @@ class Engine:
         ends with one delta that has a ``finish_reason``. Raises ``RequestError`` where the request cannot be served
         and ``OverloadedError`` where the queue is full.
         """
+        return self._submit(prompt, sampling_params, on_delta, wait=False)
+
+    def _submit(
+        self,
+        prompt: str | Sequence[int],
+        sampling_params: SamplingParams | None,
+        on_delta: Callable[[RequestDelta], None],
+        *,
+        wait: bool,
+    ) -> str:
         params = sampling_params or SamplingParams()
         params.check_vocabulary(self.runner.vocab_size)
         tokens = self._prompt_tokens(prompt)
@@ -238,7 +247,7 @@ class Engine:
                 )
             )
         request.unfinished = params.n
-        self._loop.submit(request)
+        self._loop.submit(request, wait=wait)
         return request.request_id
 
     def _prompt_tokens(self, prompt: str | Sequence[int]) -> array[int]:
@@ -281,14 +290,11 @@ class Engine:
     ) -> list[RequestOutput]:
         """Answer all prompts and return when the last is done, in their order.
 
-        More prompts than the queue holds are handed in as it empties. Raises as ``submit``, ``FallowError`` where the
-        engine fails at one.
+        Waits where the queue is full. Raises as ``submit``, and ``FallowError`` where the engine fails at a prompt.
         """
         calls: list[_Call] = []
         try:
             for prompt in [prompts] if isinstance(prompts, str) else prompts:
-                if len(calls) >= self._max_queue:
-                    calls[len(calls) - self._max_queue].done.wait()
                 calls.append(_Call(self, prompt, sampling_params))
             return [call.result() for call in calls]
         finally:
@@ -364,7 +370,7 @@ class _Call:
         self._started = time.perf_counter()
         self._first_token: float | None = None
         self._ended = 0.0
-        self._id = engine.submit(prompt, params, self._receive)
+        self._id = engine._submit(prompt, params, self._receive, wait=True)
 
     def _receive(self, delta: RequestDelta) -> None:
         if self._first_token is None and delta.token_ids:

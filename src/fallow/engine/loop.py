@@ -56,9 +56,12 @@ class StepLoop:
     def next_number(self) -> int:
         return next(self._numbers)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises ``OverloadedError`` where the queue is full or the engine is draining."""
+    def submit(self, request: Request, *, wait: bool) -> None:
+        """Queue a request. Raises ``OverloadedError`` where the engine is draining, or where the queue is full and
+        the caller does not want to ``wait``."""
         with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: self._refusal is not None or self._queued < self._max_queue)
             if self._refusal is not None:
                 raise OverloadedError(self._refusal)
             if self._queued >= self._max_queue:
@@ -80,6 +83,7 @@ class StepLoop:
         """Refuse new requests and wait until all others have ended; whether they have."""
         with self._changed:
             self._refusal = self._refusal or "The engine is shutting down and takes no more requests."
+            self._changed.notify_all()
             return self._changed.wait_for(lambda: not self._unfinished_requests, timeout)
 
     def close(self) -> None:
@@ -87,6 +91,7 @@ class StepLoop:
         with self._changed:
             self._refusal = "The engine is closed."
             self._closing = True
+            self._changed.notify_all()
         self._awake.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -147,6 +152,7 @@ class StepLoop:
     def _leave_queue(self) -> None:
         with self._changed:
             self._queued -= len(self._scheduler.begun)
+            self._changed.notify_all()
         self._scheduler.begun.clear()
 
     def _fail(self, error: Exception) -> None:

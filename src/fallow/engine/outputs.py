@@ -109,7 +109,8 @@ class OutputBuilder:
         self._texts[delta.index].append(delta.text)
         output.token_ids += delta.token_ids
         if delta.logprobs is not None:
-            output.logprobs = (output.logprobs or []) + delta.logprobs
+            output.logprobs = output.logprobs or []
+            output.logprobs += delta.logprobs
         self.prompt_tokens = delta.prompt_tokens
         if delta.index == 0:
             self.cached_tokens = delta.cached_tokens

@@ -23,6 +23,7 @@ from fallow.engine.speculate import DRAFT_ROWS
 Event = tuple[Request, RequestDelta]
 DescribeToken = Callable[[int], tuple[str, bytes]]
 """The text of a token as it is shown, and the bytes that it adds."""
+Scores = tuple[list[float], list[list[int]], list[list[float]]]
 
 
 class Scheduler:
@@ -233,13 +234,15 @@ class Scheduler:
         running.advance(result.tokens)
         events: list[Event] = []
         ended = []
+        scores: Scores | None = None
         sequences = running.sequences
         for row, token in enumerate(result.tokens.tolist()):
             sequence = sequences[row]
             text = sequence.append(token)
             logprobs = None
             if sequence.request.params.logprobs is not None:
-                logprobs = [self._logprob(result, row, token, sequence.request.params.logprobs)]
+                scores = scores or _scores(result)
+                logprobs = [self._logprob(scores, row, token, sequence.request.params.logprobs)]
             events.append((sequence.request, sequence.delta(text, [token], logprobs)))
             if sequence.finish_reason is not None:
                 ended.append(sequence)
@@ -253,6 +256,7 @@ class Scheduler:
         tokens = result.tokens.tolist()
         events: list[Event] = []
         ended = []
+        scores: Scores | None = None
         row = 0
         for slot, sequence in enumerate(self.running.sequences):
             draft = drafts[slot] if slot < len(drafts) else _NO_DRAFT
@@ -265,7 +269,8 @@ class Scheduler:
                 taken.append(token)
                 texts.append(sequence.append(token))
                 if logprobs is not None and wanted is not None:
-                    logprobs.append(self._logprob(result, row + i, token, wanted))
+                    scores = scores or _scores(result)
+                    logprobs.append(self._logprob(scores, row + i, token, wanted))
                 if sequence.finish_reason is not None or i == len(draft) or token != draft[i]:
                     break
             row += 1 + len(draft)
@@ -282,13 +287,13 @@ class Scheduler:
             self._remove(sequence)
         return events
 
-    def _logprob(self, result: StepResult, row: int, token: int, count: int) -> TokenLogprob:
+    def _logprob(self, scores: Scores, row: int, token: int, count: int) -> TokenLogprob:
         describe = self._describe
+        logprobs, top_tokens, top_logprobs = scores
         top: list[TopToken] = []
         if count:
-            likely = result.top_tokens[row, :count].tolist()
-            top = [(i, *describe(i), p) for i, p in zip(likely, result.top_logprobs[row].tolist(), strict=False)]
-        return TokenLogprob(token, *describe(token), float(result.logprobs[row]), top)
+            top = [(i, *describe(i), p) for i, p in zip(top_tokens[row][:count], top_logprobs[row], strict=False)]
+        return TokenLogprob(token, *describe(token), logprobs[row], top)
 
     def check(self) -> None:
         """Assert every invariant of the queues and the pages."""
@@ -308,3 +313,8 @@ _NO_DRAFT: array[int] = array("i")
 
 def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
+
+
+def _scores(result: StepResult) -> Scores:
+    """The log-probabilities of all rows as lists: numbers one by one out of arrays are slow."""
+    return result.logprobs.tolist(), result.top_tokens.tolist(), result.top_logprobs.tolist()
