@@ -174,15 +174,15 @@ class _Header:
     def string(self, what: str, limit: int = MAX_STRING_BYTES) -> str:
         size = self.u64()
         if size > limit:
-            raise self.damaged(f"{what[:80]} claims {size} bytes")
+            raise self.damaged(f"{what} claims {size} bytes")
         try:
             return self.take(size).decode()
         except UnicodeDecodeError as error:
-            raise self.damaged(f"{what[:80]} is not UTF-8 text") from error
+            raise self.damaged(f"{what} is not UTF-8 text") from error
 
     def value(self, kind: int, key: str, depth: int = 0) -> Any:
         if kind == _STRING:
-            return self.string(key)
+            return self.string(repr(key[:80]))
         if kind == _ARRAY:
             return self._array(key, depth)
         return self._numbers(kind, 1, key)[0]

@@ -176,7 +176,7 @@ def _ends(fields: Fields, vocab_size: int) -> tuple[int, ...]:
 def _ropes(fields: Fields, head_dim: int, context: int, gemma: bool) -> tuple[RopeConfig, RopeConfig | None]:
     """RoPE of all layers, and of the layers with a window where they have their own."""
     # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
-    given = fields.nested("rope_scaling" if "rope_scaling" in fields else "rope_parameters")
+    given = fields.nested("rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters")
     theta = fields.number("rope_theta", 10_000.0, low=1.0, high=limits.MAX_THETA)
     if not gemma:
         return _rope(fields, given, theta, head_dim, context), None

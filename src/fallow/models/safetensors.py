@@ -49,7 +49,7 @@ class SafetensorsTensor:
         """Raises ``ModelFileError`` where numbers of this kind cannot be weights here."""
         if self.dtype not in _TYPES:
             raise ModelFileError(
-                f"The tensor {self.name[:80]!r} in {self.file.path} is stored as {self.dtype[:20]}, which is not "
+                f"The tensor {self.name[:80]!r} in {self.file.path} is stored as {self.dtype[:20]!r}, which is not "
                 "supported: convert the model to F32, F16 or BF16."
             )
         return _TYPES[self.dtype]
