@@ -19,7 +19,7 @@ from fallow.models.config import ModelConfig, RopeConfig
 from fallow.models.tokenizer import Tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-VOCAB_SIZE = 264  # a few rows more than the tokenizer has tokens
+VOCAB_SIZE = 288  # more rows than the tokenizer has tokens, and whole words of 32 bits
 U64 = np.uint64
 
 

@@ -160,6 +160,20 @@ def test_the_answer_is_a_prefix_of_the_next_turn() -> None:
     assert bench.told[1, 0][0].cached_tokens == 48
 
 
+def test_the_last_token_of_an_answer_was_not_computed() -> None:
+    bench = Bench()
+    bench.add(list(range(20)), max_tokens=28)
+    bench.run()
+    prompt = [*range(20), *bench.tokens(0), 7, 7]
+    bench.add(prompt)
+    bench.run()
+    assert bench.told[1, 0][0].cached_tokens == 40
+    alone = Bench()
+    alone.add(prompt)
+    alone.run()
+    assert alone.tokens(0) == bench.tokens(1)
+
+
 def test_requests_with_different_salts_share_nothing() -> None:
     bench = Bench()
     for _ in range(2):

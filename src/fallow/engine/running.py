@@ -194,7 +194,7 @@ class RunningSet:
         allowed = np.full((len(sampled), self._mask_words), 0xFFFFFFFF, np.uint32)
         for row, sequence in enumerate(sampled):
             if sequence.mask is not None:
-                allowed[row] = sequence.mask
+                allowed[row] = sequence.mask[: self._mask_words]  # llguidance keeps one token more
         batch.allowed = allowed
 
 

@@ -1,0 +1,40 @@
+"""Engines over the small exact model and over the real one, under the same tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reference_runner import ReferenceRunner, byte_tokenizer
+
+from fallow.engine.engine import Engine
+
+StartEngine = Callable[..., Engine]
+
+
+@pytest.fixture(params=["reference", "smollm2"])
+def start_engine(request: pytest.FixtureRequest) -> Iterator[StartEngine]:
+    """``start_engine(pages=..., **options)``: engines that share nothing; each must end without a page in use."""
+    engines: list[Engine] = []
+    model: Path | None = request.getfixturevalue("smollm2_gguf") if request.param == "smollm2" else None
+
+    def start(*, pages: int, **options: Any) -> Engine:
+        if model is None:
+            # Pages of 8 tokens here, of 32 in the native core.
+            engine = Engine.over(ReferenceRunner(4 * pages, repeating=True), byte_tokenizer(), **options)
+        else:
+            page_bytes = 30 * 3 * 64 * 2 * 2 * 32
+            engine = Engine(model, kv_cache_bytes=pages * page_bytes, **options)
+            assert engine.stats().pages_total == pages
+        engines.append(engine)
+        return engine
+
+    yield start
+    for engine in engines:
+        assert engine.drain(60)
+        stats = engine.stats()
+        assert stats.pages_used == stats.running == stats.waiting == 0
+        engine.scheduler.check()
+        engine.close()
