@@ -43,7 +43,7 @@ class DataFile:
             raise ModelFileError(f"{self.path} ends too early: it is cut short or damaged; fetch it again.")
         try:
             data = np.empty(count, np.uint8)
-            view = memoryview(data)
+            view = data.data
             done = 0
             while done < count:
                 got = os.preadv(self._descriptor, [view[done:]], offset + done)

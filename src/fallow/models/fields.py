@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, overload
+from enum import Enum
+from typing import Any, Final, overload
 
 from fallow.errors import ModelFileError
 
@@ -15,7 +16,14 @@ MAX_HEADS = 1024
 MAX_HEAD_DIM = 1024
 MAX_CONTEXT = 1 << 24
 MAX_THETA = 1e15
-MAX_FACTOR = 1e6
+MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6  # of what scales RoPE
+
+
+class _Missing(Enum):
+    NOT_ALLOWED = 0
+
+
+_REQUIRED: Final = _Missing.NOT_ALLOWED
 
 
 class Fields:
@@ -35,7 +43,7 @@ class Fields:
     @overload
     def integer(self, name: str, default: None, *, high: int, low: int = 1) -> int | None: ...
 
-    def integer(self, name: str, *default: int | None, high: int, low: int = 1) -> int | None:
+    def integer(self, name: str, default: int | _Missing | None = _REQUIRED, *, high: int, low: int = 1) -> int | None:
         """An integer from ``low`` to ``high``, or the default where the field is missing."""
         value = self._value(name, default)
         if value is None:
@@ -51,8 +59,13 @@ class Fields:
     @overload
     def number(self, name: str, default: None, *, high: float, low: float = 0.0) -> float | None: ...
 
-    def number(self, name: str, *default: float | None, high: float, low: float = 0.0) -> float | None:
+    def number(
+        self, name: str, default: float | _Missing | None = _REQUIRED, *, high: float, low: float = 0.0
+    ) -> float | None:
         """A finite number above ``low`` and at most ``high``, or the default where the field is missing."""
+        return self._number(name, default, low=low, high=high)
+
+    def _number(self, name: str, default: float | _Missing | None, *, low: float, high: float) -> float | None:
         value = self._value(name, default)
         if value is None:
             return None
@@ -60,28 +73,39 @@ class Fields:
             raise self.wrong(name, f"a number above {low:g}, at most {high:g}")
         return float(value)
 
+    @overload
+    def factor(self, name: str) -> float: ...
+    @overload
+    def factor(self, name: str, default: float) -> float: ...
+    @overload
+    def factor(self, name: str, default: None) -> float | None: ...
+
+    def factor(self, name: str, default: float | _Missing | None = _REQUIRED) -> float | None:
+        """A number above ``MIN_FACTOR`` and at most ``MAX_FACTOR``, or the default where the field is missing."""
+        return self._number(name, default, low=MIN_FACTOR, high=MAX_FACTOR)
+
     def flag(self, name: str, default: bool) -> bool:
-        value = self._value(name, (default,))
+        value = self._value(name, default)
         if not isinstance(value, bool):
             raise self.wrong(name, "true or false")
         return value
 
     def text(self, name: str, default: str) -> str:
-        value = self._value(name, (default,))
+        value = self._value(name, default)
         if not isinstance(value, str):
             raise self.wrong(name, "a text")
         return value
 
-    def numbers(self, name: str, count: int) -> list[float]:
-        """``count`` finite positive numbers."""
-        value = self._value(name, ())
-        if not isinstance(value, list) or len(value) != count or not all(_is_positive(v) for v in value):
-            raise self.wrong(name, f"a list of {count} positive numbers")
+    def factors(self, name: str, count: int) -> list[float]:
+        """``count`` factors, from ``MIN_FACTOR`` to ``MAX_FACTOR``."""
+        value = self._value(name, _REQUIRED)
+        if not isinstance(value, list) or len(value) != count or not all(_is_factor(v) for v in value):
+            raise self.wrong(name, f"a list of {count} numbers from {MIN_FACTOR:g} to {MAX_FACTOR:g}")
         return [float(v) for v in value]
 
     def nested(self, name: str) -> Fields:
         """The fields of an object inside; an empty one where it is missing."""
-        value = self._value(name, ({},))
+        value = self._value(name, {})
         if not isinstance(value, dict):
             raise self.wrong(name, "an object")
         return Fields(value, f"{name} in {self.where}")
@@ -96,17 +120,17 @@ class Fields:
         shown = value if len(value) <= 60 else value[:60] + "..."
         return ModelFileError(f"{name} in {self.where} is {shown}, but it must be {needed}.")
 
-    def _value(self, name: str, default: tuple[Any, ...]) -> Any:
+    def _value(self, name: str, default: Any) -> Any:
         value = self.values.get(name)
         if value is not None:
             return value
-        if not default:
+        if default is _REQUIRED:
             raise ModelFileError(f"{name} is missing in {self.where}.")
-        return default[0]
+        return default
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_FACTOR
+def _is_factor(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and MIN_FACTOR <= value <= MAX_FACTOR
 
 
 def head_dim(fields: Fields, name: str, hidden_size: int, heads: int) -> int:

@@ -31,7 +31,7 @@ MAX_ALIGNMENT = 1 << 16
 
 _WINDOW = 1 << 20
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_SCALARS = {
+_SCALARS: dict[int, np.dtype[Any]] = {
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),

@@ -100,7 +100,7 @@ def _rope(file: GgufFile, fields: Fields, head_dim: int, context: int, theta: fl
     # Files without a scaling type are linear where they have a factor; a factor of 0 means none.
     kind = fields.text("rope.scaling.type", "linear")
     name = "rope.scaling.factor" if "rope.scaling.factor" in fields else "rope.scale_linear"
-    factor = fields.number(name, 1.0, high=limits.MAX_FACTOR) if fields.values.get(name) else 1.0
+    factor = fields.factor(name) if fields.values.get(name) else 1.0
     parameters: dict[str, float | int | list[float]] = {}
     if kind not in ("none", "linear", "yarn"):
         raise fields.wrong("rope.scaling.type", "none, linear or yarn")
@@ -112,13 +112,13 @@ def _rope(file: GgufFile, fields: Fields, head_dim: int, context: int, theta: fl
         original = fields.integer("rope.scaling.original_context_length", context, low=2, high=limits.MAX_CONTEXT)
         parameters |= {"factor": factor, "original_max_position_embeddings": original}
         for gguf_name, name in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
-            beta = fields.number(f"rope.scaling.{gguf_name}", None, high=limits.MAX_FACTOR)
+            beta = fields.factor(f"rope.scaling.{gguf_name}", None)
             if beta is not None:
                 parameters[name] = beta
         if fields.values.get("rope.scaling.attn_factor"):
             # The file's number multiplies YaRN's own factor, where Hugging Face's replaces it.
             own = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-            parameters["attention_factor"] = own * fields.number("rope.scaling.attn_factor", high=limits.MAX_FACTOR)
+            parameters["attention_factor"] = own * fields.factor("rope.scaling.attn_factor")
     return RopeConfig(
         theta=theta,
         rotary_dim=head_dim,
@@ -140,8 +140,8 @@ def _frequency_factors(file: GgufFile, count: int) -> tuple[float, ...] | None:
     if tensor.type is not TensorType.F32 or tensor.shape != (count,):
         raise ModelFileError(f"The tensor {ROPE_FACTORS} in {file.path} must hold {count} numbers in F32.")
     factors = file.read(tensor).view("<f4").reshape(-1)
-    if not np.all((factors > 0) & (factors <= limits.MAX_FACTOR)):
-        raise ModelFileError(f"The tensor {ROPE_FACTORS} in {file.path} holds numbers that are not positive.")
+    if not np.all((factors >= limits.MIN_FACTOR) & (factors <= limits.MAX_FACTOR)):
+        raise ModelFileError(f"The tensor {ROPE_FACTORS} in {file.path} holds numbers that make no sense.")
     return tuple(factors.tolist())
 
 

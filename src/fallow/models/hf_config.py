@@ -62,7 +62,7 @@ def config_from_hf(document: Mapping[str, Any], where: str) -> ModelConfig:
     head_dim = limits.head_dim(fields, "head_dim", hidden_size, heads)
     bias = kind == "qwen2" or (kind != "mistral" and fields.flag("attention_bias", False))
     rope, rope_local = _ropes(fields, head_dim, context, gemma)
-    scalar = fields.number("query_pre_attn_scalar", high=limits.MAX_FACTOR) if gemma else head_dim
+    scalar = fields.factor("query_pre_attn_scalar") if gemma else head_dim
     return ModelConfig(
         architecture=ARCHITECTURES[kind],
         vocab_size=vocab_size,
@@ -201,25 +201,25 @@ def _rope(fields: Fields, given: Fields, theta: float, head_dim: int, context: i
         original = given.integer("original_max_position_embeddings", outer or context, low=2, high=limits.MAX_CONTEXT)
         parameters["original_max_position_embeddings"] = outer or original
     if kind in ("linear", "dynamic", "llama3"):
-        parameters["factor"] = given.number("factor", high=limits.MAX_FACTOR)
+        parameters["factor"] = given.factor("factor")
     match kind:
         case "default" | "none":
             return RopeConfig(theta=theta, rotary_dim=head_dim)
         case "linear" | "dynamic":
             pass
         case "llama3":
-            low = given.number("low_freq_factor", high=limits.MAX_FACTOR)
+            low = given.factor("low_freq_factor")
             high = given.number("high_freq_factor", low=low, high=limits.MAX_FACTOR)
             parameters |= {"low_freq_factor": low, "high_freq_factor": high}
         case "yarn" | "longrope":
             ratio = context / float(parameters["original_max_position_embeddings"])  # type: ignore[arg-type]
-            parameters["factor"] = given.number("factor", ratio, high=limits.MAX_FACTOR)
+            parameters["factor"] = given.factor("factor", ratio)
             optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
             for name in optional if kind == "yarn" else optional[:1]:
                 if given.values.get(name):
-                    parameters[name] = given.number(name, high=limits.MAX_FACTOR)
+                    parameters[name] = given.factor(name)
             if kind == "longrope":
-                parameters |= {name: given.numbers(name, head_dim // 2) for name in ("short_factor", "long_factor")}
+                parameters |= {name: given.factors(name, head_dim // 2) for name in ("short_factor", "long_factor")}
             elif not given.flag("truncate", True):
                 raise given.wrong("truncate", "true")
         case _:

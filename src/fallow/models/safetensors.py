@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -125,7 +125,7 @@ def _tensor(name: str, entry: object, file: DataFile, start: int) -> Safetensors
     return SafetensorsTensor(name, dtype, tuple(shape), start + offsets[0], nbytes, file)
 
 
-def _are_sizes(values: Any, limit: int) -> bool:
+def _are_sizes(values: object, limit: int) -> TypeGuard[list[int]]:
     if not isinstance(values, list) or len(values) > limit:
         return False
     return all(type(value) is int and 0 <= value < 1 << 62 for value in values)
