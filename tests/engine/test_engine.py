@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,6 +215,12 @@ def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
 def test_a_plan_that_lets_something_rest_is_refused() -> None:
     with pytest.raises(FallowError, match="cannot run"):
         Engine(plan=SparsityPlan(ffn=(LayerRule("zeros", 0),)))
+
+
+def test_a_plan_beside_the_weights_counts(tmp_path: Path) -> None:
+    SparsityPlan(ffn=(LayerRule("zeros", 0),)).save(tmp_path / "plan.json")
+    with pytest.raises(FallowError, match="cannot run"):
+        Engine(tmp_path)
 
 
 def test_chat_needs_a_template(start: Callable[..., Engine]) -> None:

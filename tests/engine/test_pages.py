@@ -82,6 +82,19 @@ def test_revived_pages_are_not_counted_twice() -> None:
     pages.check([held])
 
 
+def test_without_a_cache_the_page_used_last_comes_first() -> None:
+    pages = PageManager(4, SIZE, keep_unused=False)
+    (digest,) = digests_of(pages, [1, 2, 3, 4])
+    held = [pages.allocate(), pages.allocate()]
+    pages.register(held[0], digest)
+    assert pages.lookup([digest], 1) == held[:1]  # what is held is shared all the same
+    pages.release(held)
+    assert pages.cached_pages == 0
+    assert pages.lookup([digest], 1) == []
+    assert pages.allocate() == held[0]
+    pages.check([held[:1]])
+
+
 def test_check_finds_a_lost_page() -> None:
     pages = PageManager(2, SIZE)
     pages.allocate()

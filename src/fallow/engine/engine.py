@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import time
 import uuid
 import weakref
 from array import array
@@ -12,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from threading import Event, Lock
+from threading import Lock
 from typing import Any, Literal, cast
 
+from fallow.engine.call import Call
 from fallow.engine.constraint import GrammarVocabulary
 from fallow.engine.detokenize import Detokenizer
 from fallow.engine.loop import Runner, StepLoop
@@ -23,20 +23,22 @@ from fallow.engine.outputs import (
     CompletionOutput,
     EngineStats,
     FinishReason,
-    OutputBuilder,
     RequestDelta,
     RequestOutput,
     TokenLogprob,
 )
 from fallow.engine.pages import PageManager
+from fallow.engine.rope import longest_context
 from fallow.engine.sampling import SamplingParams
 from fallow.engine.scheduler import Scheduler
 from fallow.engine.sequence import Request
 from fallow.engine.sequence import Sequence as EngineSequence
 from fallow.engine.speculate import DRAFT_ROWS
 from fallow.errors import FallowError, RequestError
+from fallow.models.checkpoint import open_checkpoint
 from fallow.models.config import ModelConfig
-from fallow.models.tokenizer import Tokenizer
+from fallow.models.store import resolve
+from fallow.models.tokenizer import Tokenizer, load_tokenizer
 from fallow.plan import SparsityPlan
 
 __all__ = [
@@ -83,13 +85,12 @@ class Engine:
         _check_options(max_num_seqs, prefill_chunk, max_queue, max_context, speculation)
         if plan is not None:
             plan.require_dense()
-        from fallow.engine.rope import longest_context  # noqa: PLC0415  the native core is loaded for a real model only
-        from fallow.engine.runner import ModelRunner  # noqa: PLC0415
-        from fallow.models.checkpoint import open_checkpoint  # noqa: PLC0415
-        from fallow.models.store import resolve  # noqa: PLC0415
-        from fallow.models.tokenizer import load_tokenizer  # noqa: PLC0415
+        from fallow.engine.runner import ModelRunner  # noqa: PLC0415  loads the native core, which ``over`` does not need
 
         path = resolve(model)
+        if plan is None and (path / "plan.json").is_file():
+            plan = SparsityPlan.load(path / "plan.json")
+            plan.require_dense()
         tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path)
         config = checkpoint.config
@@ -113,7 +114,7 @@ class Engine:
         self._begin(
             runner,
             tokenizer,
-            model_name=str(model) if not Path(model).exists() else Path(model).stem,
+            model_name=_name_of(model),
             max_context=max_context,
             max_num_seqs=max_num_seqs,
             prefill_chunk=prefill_chunk,
@@ -181,7 +182,7 @@ class Engine:
         self._grammars: GrammarVocabulary | None = None
         self._grammars_lock = Lock()
         self.scheduler = Scheduler(
-            PageManager(runner.num_pages, runner.page_size),
+            PageManager(runner.num_pages, runner.page_size, keep_unused=prefix_caching),
             max_sequences=max_num_seqs,
             max_step_tokens=max(prefill_chunk, max_num_seqs),
             max_context=self.max_context,
@@ -292,10 +293,10 @@ class Engine:
 
         Waits where the queue is full. Raises as ``submit``, and ``FallowError`` where the engine fails at a prompt.
         """
-        calls: list[_Call] = []
+        calls: list[Call] = []
         try:
             for prompt in [prompts] if isinstance(prompts, str) else prompts:
-                calls.append(_Call(self, prompt, sampling_params))
+                calls.append(Call(self, prompt, sampling_params))
             return [call.result() for call in calls]
         finally:
             for call in calls:
@@ -311,7 +312,7 @@ class Engine:
         """Answer a conversation under the model's own chat template. Raises as ``generate``."""
         text = self.tokenizer.apply_chat_template(messages, tools=tools)
         try:
-            call = _Call(self, self.tokenizer.encode(text, add_special_tokens=False), sampling_params)
+            call = Call(self, self.tokenizer.encode(text, add_special_tokens=False), sampling_params)
         except RequestError as error:
             if error.code == "context_length_exceeded":
                 error.param = "messages"
@@ -360,47 +361,12 @@ class Engine:
         self.close()
 
 
-class _Call:
-    """One request of a caller who waits for its whole output."""
-
-    def __init__(self, engine: Engine, prompt: str | Sequence[int], params: SamplingParams | None) -> None:
-        self.done = Event()
-        self._engine = engine
-        self._builder = OutputBuilder((params or SamplingParams()).n)
-        self._started = time.perf_counter()
-        self._first_token: float | None = None
-        self._ended = 0.0
-        self._id = engine._submit(prompt, params, self._receive, wait=True)
-
-    def _receive(self, delta: RequestDelta) -> None:
-        if self._first_token is None and delta.token_ids:
-            self._first_token = time.perf_counter()
-        self._builder.add(delta)
-        if not self._builder.unfinished:
-            self._ended = time.perf_counter()
-            self.done.set()
-
-    def cancel(self) -> None:
-        if not self.done.is_set():
-            self._engine.cancel(self._id)
-
-    def result(self) -> RequestOutput:
-        """Waits. Raises ``FallowError`` where the engine failed or was closed."""
-        self.done.wait()
-        outputs = self._builder.outputs
-        for output in outputs:
-            if output.finish_reason == "error":
-                raise FallowError(output.error or "The engine failed at this request.")
-            if output.finish_reason == "cancelled":
-                raise FallowError("The engine was closed before the answer was complete.")
-        return RequestOutput(
-            self._id,
-            self._builder.prompt_tokens,
-            outputs,
-            (self._first_token or self._ended) - self._started,
-            self._ended - self._started,
-            self._builder.cached_tokens,
-        )
+def _name_of(model: str | Path) -> str:
+    """How clients call the model: the name it was asked for by, or that of its file or folder."""
+    path = Path(model)
+    if not path.exists():
+        return str(model)
+    return path.name.removesuffix(".gguf") or path.resolve().name
 
 
 def _describer(tokenizer: Tokenizer) -> Callable[[int], tuple[str, bytes]]:

@@ -14,6 +14,7 @@ _TOKENS_PER_SEQUENCE = 512
 _SHARE = 0.3  # of the memory at hand: the weights, other processes and page caches need theirs
 _LEAST_PAGES = 8
 _CGROUPS = Path("/sys/fs/cgroup")
+_PROC_CGROUP = Path("/proc/self/cgroup")
 
 
 def page_bytes(config: ModelConfig, page_size: int) -> int:
@@ -60,7 +61,7 @@ def _machine() -> int | None:
 def _cgroups() -> list[int]:
     """What is left below each memory limit on the way to the root, cgroup v2 or v1."""
     try:
-        entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        entries = [line.split(":", 2) for line in _PROC_CGROUP.read_text().splitlines()]
     except OSError:
         return []
     left = []

@@ -17,12 +17,15 @@ from collections.abc import Iterable, Sequence
 class PageManager:
     """``num_pages`` pages of ``page_size`` tokens. Not safe under several threads, but for ``chain``.
 
+    Without ``keep_unused`` no page is cached: what nobody holds is free, and the next one is the page used last.
+
     A full page is named by a digest of all tokens up to its end: BLAKE2b, keyed with a secret of this manager, of the
     digest of the page before it and its own tokens. Two prefixes with one digest cannot be constructed.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, *, keep_unused: bool = True) -> None:
         self.num_pages = num_pages
+        self._keep_unused = keep_unused
         self.page_size = page_size
         self._key = os.urandom(32)
         self._references = [0] * num_pages
@@ -99,6 +102,8 @@ class PageManager:
         for page in reversed(pages):
             self._references[page] -= 1
             if not self._references[page]:
+                if not self._keep_unused:
+                    self._forget(page)
                 if self._digests[page] is None:
                     self._free.append(page)
                 else:
