@@ -85,12 +85,12 @@ class Engine:
         _check_options(max_num_seqs, prefill_chunk, max_queue, max_context, speculation)
         if plan is not None:
             plan.require_dense()
-        from fallow.engine.runner import ModelRunner  # noqa: PLC0415  loads the native core, which ``over`` does not need
-
         path = resolve(model)
         if plan is None and (path / "plan.json").is_file():
             plan = SparsityPlan.load(path / "plan.json")
             plan.require_dense()
+        from fallow.engine.runner import ModelRunner  # noqa: PLC0415  loads the native core, which ``over`` does not need
+
         tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path)
         config = checkpoint.config
