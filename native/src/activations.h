@@ -20,7 +20,7 @@ struct ActivationFormat {
   Pairs pairs_kind = Pairs::none;  // which values face the pairs of the weights
   bool asymmetric = false;
 
-  int groups() const { return in_features / group; }
+  int groups() const { return codes == Codes::bf16 ? 1 : in_features / group; }
   int pairs() const {
     return pairs_kind == Pairs::none ? 0 : (pairs_kind == Pairs::both ? groups() : (groups() + 1) / 2);
   }

@@ -43,7 +43,7 @@ NumpyFloats linear(const std::string& isa, const std::vector<WeightSource>& sour
   const Memory inputs = padded_rows(x, rounded(x.shape(1), lanes));
   Memory activations(std::max(1, rows) * format.row_bytes());
   for (int r = 0; r < rows; ++r) {
-    kernels.quantise(inputs.as<float>() + r * rounded(x.shape(1), lanes), format, activations.data() + r * format.row_bytes());
+    kernels.quantise(inputs.as<float>() + r * rounded(x.shape(1), lanes), format, activations.data() + r * format.row_bytes(), 0, format.groups());
   }
   const Memory out = padded_rows(initial, stride);
   Memory scratch(linear_scratch_bytes(w.in_features));

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "bind_kernels.h"
+#include "bind_sample.h"
 #include "program.h"
 
 namespace nb = nanobind;
@@ -108,9 +109,43 @@ void bind_program(nb::module_& m) {
             const Step step = step_of(tokens, row_offsets, start_positions, page_table, logit_rows);
             const nb::gil_scoped_release release;
             p.check(step);
-            p.run(step);
+            p.run(step, nullptr);
           },
           "tokens"_a, "row_offsets"_a, "start_positions"_a, "page_table"_a, "logit_rows"_a)
+      .def(
+          "step",
+          [](Program& p, const Ints& tokens, const Ints& row_offsets, const Ints& start_positions, const Table& page_table, const Ints& logit_rows,
+             const RowBytes& sampling, std::optional<Int32Array> bias_offsets, std::optional<Int32Array> bias_tokens,
+             std::optional<FloatArray> bias_values, std::optional<Int32Array> repeated_offsets, std::optional<Int32Array> repeated_tokens,
+             std::optional<WordRows> allowed) {
+            const Step step = step_of(tokens, row_offsets, start_positions, page_table, logit_rows);
+            SampleCall call(step.num_logit_rows, p.vocab_size(), sampling,
+                            {bias_offsets, bias_tokens, bias_values, repeated_offsets, repeated_tokens, allowed});
+            {
+              const nb::gil_scoped_release release;
+              p.check(step);
+              p.run(step, &call.args);
+            }
+            return call.take();
+          },
+          "tokens"_a, "row_offsets"_a, "start_positions"_a, "page_table"_a, "logit_rows"_a, "sampling"_a, "bias_offsets"_a = nb::none(),
+          "bias_tokens"_a = nb::none(), "bias_values"_a = nb::none(), "repeated_offsets"_a = nb::none(), "repeated_tokens"_a = nb::none(),
+          "allowed"_a = nb::none())
+      .def(
+          "log_probabilities",
+          [](Program& p, const Ints& targets) {
+            if (targets.size() > static_cast<size_t>(p.limits().max_logit_rows)) throw std::invalid_argument("there are fewer logit rows");
+            for (size_t i = 0; i < targets.size(); ++i) {
+              if (targets.data()[i] < 0 || targets.data()[i] >= p.vocab_size()) throw std::invalid_argument("a token is outside the vocabulary");
+            }
+            std::vector<float> values(targets.size());
+            {
+              const nb::gil_scoped_release release;
+              p.log_probabilities(targets.data(), static_cast<int>(targets.size()), values.data());
+            }
+            return owned<float>(std::move(values), {targets.size()});
+          },
+          "targets"_a, "Log-probability of target i under the logits of row i of the last run.")
       .def(
           "logits",
           [](const Program& p, int rows) {

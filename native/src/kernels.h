@@ -85,7 +85,8 @@ struct Kernels {
   const char* name;
   // Tiles [begin, end) of the weights, begin even. scratch: linear_scratch_bytes(in_features).
   void (*linear)(const LinearTask&, int begin, int end, uint8_t* scratch);
-  void (*quantise)(const float* x, const ActivationFormat&, uint8_t* row);
+  // Groups [begin, end) of a row of activations; bf16 has one group of the whole row.
+  void (*quantise)(const float* x, const ActivationFormat&, uint8_t* row, int begin, int end);
   void (*rms_norm)(const NormTask&, float* out);
   void (*add)(const float* x, float* out, int width);
   void (*gate)(const float* gate, const float* up, float* out, int width, bool gelu);

@@ -21,8 +21,9 @@ struct Overloaded : F... {
 template <class... F>
 Overloaded(F...) -> Overloaded<F...>;
 
-constexpr int few_rows = 64;
+constexpr int few_rows = 4;  // up to here a step is bound by memory
 constexpr size_t next_bytes = 16384;
+constexpr size_t fetch_limit = size_t{8} << 20;  // bytes of a layer's pages that are worth fetching into the shared cache
 
 constexpr Partial nothing{-std::numeric_limits<float>::infinity(), 0.f};
 
@@ -181,6 +182,24 @@ void Program::finish(int logits_buffer) {
     next_linear_[i] = next;
     if (const auto* o = std::get_if<op::Linear>(&operations_[i])) next = o->weights;
   }
+  // Keys and values are fetched during the largest linear before their attention.
+  fetch_layer_.assign(operations_.size(), -1);
+  int largest = -1;
+  int64_t most = 0;
+  for (size_t i = 0; i < operations_.size(); ++i) {
+    if (const auto* o = std::get_if<op::Linear>(&operations_[i])) {
+      const int64_t size = int64_t{weights_[o->weights]->out_features} * weights_[o->weights]->in_features;
+      if (size > most) {
+        most = size;
+        largest = static_cast<int>(i);
+      }
+    }
+    if (const auto* o = std::get_if<op::Attention>(&operations_[i])) {
+      if (largest >= 0) fetch_layer_[largest] = o->layer;
+      largest = -1;
+      most = 0;
+    }
+  }
   next_ = std::make_unique<std::atomic<int>[]>(operations_.size() + 1);
 }
 
@@ -212,8 +231,13 @@ void Program::check(const Step& step) const {
   }
 }
 
-void Program::run(const Step& step) {
+void Program::run(const Step& step, SampleArgs* sample) {
   step_ = step;
+  sample_ = sample;
+  if (sample != nullptr) {
+    sample->logits = logits();
+    sample->stride = logits_stride();
+  }
   for (int s = 0; s < step.num_sequences; ++s) {
     for (int r = step.row_offsets[s]; r < step.row_offsets[s + 1]; ++r) {
       row_sequence_[r] = s;
@@ -221,6 +245,13 @@ void Program::run(const Step& step) {
     }
   }
   plan_attention(step);
+  fetches_.clear();
+  for (int s = 0; s < step.num_sequences; ++s) {
+    const int pages = (step.start_positions[s] + page_size - 1) / page_size;
+    const int32_t* table = step.page_table + static_cast<size_t>(s) * step.table_width;
+    fetches_.insert(fetches_.end(), table, table + pages);
+  }
+  if (fetches_.size() * layout_.page_bytes() > fetch_limit) fetches_.clear();
   for (size_t i = 0; i <= operations_.size(); ++i) next_[i].store(0, std::memory_order_relaxed);
   pool_.run([](void* self, int thread) { static_cast<Program*>(self)->execute(thread); }, this);
 }
@@ -267,6 +298,26 @@ void Program::execute(int thread) {
     std::visit([&](const auto& o) { execute(o, static_cast<int>(i), thread); }, operations_[i]);
     pool_.barrier();
   }
+  if (sample_ == nullptr) return;
+  std::atomic<int>& next = next_[operations_.size()];
+  for (int r = 0; (r = next.fetch_add(1, std::memory_order_relaxed)) < step_.num_logit_rows;) sample_row(*sample_, r, scratch_[thread].sample);
+}
+
+void Program::log_probabilities(const int32_t* targets, int count, float* out) {
+  struct Task {
+    Program* program;
+    const int32_t* targets;
+    int count;
+    float* out;
+  } task{this, targets, count, out};
+  pool_.run(
+      [](void* context, int thread) {
+        const Task& t = *static_cast<Task*>(context);
+        for (int r = thread; r < t.count; r += t.program->pool_.size()) {
+          t.out[r] = log_probability(t.program->logits() + r * t.program->logits_stride(), t.program->vocab_size(), t.targets[r]);
+        }
+      },
+      &task);
 }
 
 void Program::execute(const op::Embed& o, int index, int thread) {
@@ -290,12 +341,17 @@ void Program::execute(const op::NormQuantise& o, int index, int thread) {
   auto* normed = scratch_[thread].row.as<float>();
   for_rows(index, thread, [&](int r) {
     kernels_.rms_norm({row(o.x, r), vectors_[o.weight].data(), o.eps, buffers_[o.x].width}, normed);
-    for (const int a : o.out) kernels_.quantise(normed, activations_[a].format, activation_row(a, r));
+    for (const int a : o.out) kernels_.quantise(normed, activations_[a].format, activation_row(a, r), 0, activations_[a].format.groups());
   });
 }
 
 void Program::execute(const op::Quantise& o, int index, int thread) {
-  for_rows(index, thread, [&](int r) { kernels_.quantise(row(o.x, r), activations_[o.out].format, activation_row(o.out, r)); });
+  // By columns, as the linear before wrote them: what a thread reads is in its own cache.
+  const ActivationFormat& f = activations_[o.out].format;
+  const int64_t threads = pool_.size();
+  const int begin = static_cast<int>(f.groups() * int64_t{thread} / threads);
+  const int end = static_cast<int>(f.groups() * (int64_t{thread} + 1) / threads);
+  for (int r = 0; r < rows(index); ++r) kernels_.quantise(row(o.x, r), f, activation_row(o.out, r), begin, end);
 }
 
 void Program::execute(const op::Linear& o, int index, int thread) {
@@ -310,22 +366,36 @@ void Program::execute(const op::Linear& o, int index, int thread) {
                         o.bias < 0 ? nullptr : vectors_[o.bias].data(),
                         o.epilogue};
   uint8_t* scratch = scratch_[thread].linear.data();
-  const int pairs = (w.tiles + 1) / 2;
-  const int64_t threads = pool_.size();
-  if (task.rows <= few_rows) {
-    // Bound by memory: each thread streams one run of weights, and fetches the start of its next one while others finish.
-    kernels_.linear(task, 2 * static_cast<int>(pairs * thread / threads), 2 * static_cast<int>(pairs * (thread + 1) / threads), scratch);
-    const int next = next_linear_[index];
-    if (next < 0) return;
-    const PackedLinear& after = *weights_[next];
-    const uint8_t* p = after.tile(2 * static_cast<int>((after.tiles + 1) / 2 * int64_t{thread} / threads));
-    const uint8_t* end = after.memory.data() + after.memory.size();
-    for (size_t line = 0; line < next_bytes && p + line < end; line += 64) __builtin_prefetch(p + line, 0, 2);
-    return;
+  const auto share = [&](const PackedLinear& m, int t) { return 2 * static_cast<int>((m.tiles + 1) / 2 * int64_t{t} / pool_.size()); };
+  const int begin = share(w, thread);
+  const int end = share(w, thread + 1);
+  if (fetch_layer_[index] < 0 || task.rows <= few_rows || fetches_.empty()) {
+    kernels_.linear(task, begin, end, scratch);
+  } else {
+    // Bound by arithmetic: the memory is free to bring the keys and values of the next attention.
+    for (int tile = begin; tile < end; tile += 2) {
+      kernels_.linear(task, tile, tile + 2, scratch);
+      fetch_pages(fetch_layer_[index], thread, tile - begin, end - begin);
+    }
   }
-  const int chunk = std::max(1, pairs / static_cast<int>(threads * 8));
-  for (int begin = 0; (begin = next_[index].fetch_add(chunk, std::memory_order_relaxed)) < pairs;) {
-    kernels_.linear(task, 2 * begin, 2 * std::min(begin + chunk, pairs), scratch);
+  // While the others finish, the start of this thread's next weights comes.
+  const int next = next_linear_[index];
+  if (next < 0) return;
+  const PackedLinear& after = *weights_[next];
+  const uint8_t* p = after.tile(share(after, thread));
+  const uint8_t* last = after.memory.data() + after.memory.size();
+  for (size_t line = 0; line < next_bytes && p + line < last; line += 64) __builtin_prefetch(p + line, 0, 2);
+}
+
+// Tiles [done, done + 2) of `all` are computed: as large a part of the thread's share of the pages is fetched.
+void Program::fetch_pages(int layer, int thread, int done, int all) const {
+  const size_t lines_a_page = layout_.page_bytes() / 64;
+  const size_t lines = fetches_.size() * lines_a_page;
+  const size_t threads = pool_.size();
+  const size_t base = lines * thread / threads;
+  const size_t share = lines * (thread + 1) / threads - base;
+  for (size_t line = base + share * done / all; line < base + share * (done + 2) / all; ++line) {
+    __builtin_prefetch(page(layer, fetches_[line / lines_a_page]) + line % lines_a_page * 64, 0, 2);
   }
 }
 

@@ -10,6 +10,7 @@
 #include "memory.h"
 #include "packed.h"
 #include "pool.h"
+#include "sample.h"
 
 namespace fallow {
 
@@ -91,7 +92,10 @@ class Program {
 
   // Throws std::invalid_argument where the step does not fit the program or its limits.
   void check(const Step& step) const;
-  void run(const Step& step);
+  // Then samples where `sample` is given (its logits are set here).
+  void run(const Step& step, SampleArgs* sample);
+  // Of targets[i] under the logits of row i of the last run.
+  void log_probabilities(const int32_t* targets, int count, float* out);
 
   const float* logits() const { return buffers_[logits_].memory.as<float>(); }
   int vocab_size() const { return buffers_[logits_].width; }
@@ -120,6 +124,7 @@ class Program {
   struct ThreadScratch {
     Memory linear, row, scores, values, state;
     std::vector<Partial> partials, states;
+    SampleScratch sample;
   };
 
   void plan_attention(const Step& step);
@@ -135,6 +140,7 @@ class Program {
   void execute(const op::Gate&, int index, int thread);
   void execute(const op::Gather&, int index, int thread);
 
+  void fetch_pages(int layer, int thread, int done, int all) const;
   void attend(const op::Attention&, const AttentionItem&, ThreadScratch&);
   void attend_segment(const op::Attention&, const AttentionItem&, ThreadScratch&);
   void merge_segments(const op::Attention&, const AttentionItem&, ThreadScratch&);
@@ -169,6 +175,7 @@ class Program {
   std::vector<std::vector<float>> vectors_;
   std::vector<Operation> operations_;
   std::vector<int> row_kind_;  // of each operation: 0 tokens, 1 logit rows
+  std::vector<int> fetch_layer_;  // of each operation: the layer whose pages are fetched meanwhile, or -1
   std::vector<int> next_linear_;  // of each operation: the weights of the linear after it, or -1
   int logits_ = -1;
   Memory pool_memory_;
@@ -176,8 +183,10 @@ class Program {
   std::vector<ThreadScratch> scratch_;
 
   Step step_{};
+  SampleArgs* sample_ = nullptr;
   std::vector<int> row_sequence_, row_position_;
   std::vector<AttentionItem> items_, merges_;
+  std::vector<int32_t> fetches_;  // pages that the step's queries will read
   std::vector<Partial> split_partials_;
   Memory split_values_;
   std::unique_ptr<std::atomic<int>[]> next_;

@@ -177,18 +177,10 @@ void attention(const AttentionTask& task, int segment, Partial* partials, float*
     Partial* partial = partials + first;
     float* value = values + static_cast<size_t>(first) * padded_dim;
     float* scores = scratch + static_cast<size_t>(first) * segment_tokens;
-    const auto block = [&](auto rows) {
-      attend_block<S, decltype(rows)::value>(q, keys, values_at, begin, end, filled, first == 0, see, task.scale, padded_dim / 2,
-                                             padded_dim, partial, value, scores);
-    };
-    switch (take) {
-      case 1: block(std::integral_constant<int, 1>{}); break;
-      case 2: block(std::integral_constant<int, 2>{}); break;
-      case 3: block(std::integral_constant<int, 3>{}); break;
-      case 4: block(std::integral_constant<int, 4>{}); break;
-      case 5: block(std::integral_constant<int, 5>{}); break;
-      default: block(std::integral_constant<int, 6>{}); break;
-    }
+    with_rows<S>(take, [&](auto rows) {
+      attend_block<S, decltype(rows)::value>(q, keys, values_at, begin, end, filled, first == 0, see, task.scale,
+                                             padded_dim / 2, padded_dim, partial, value, scores);
+    });
     first += take;
   }
 }

@@ -5,6 +5,7 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "../activations.h"
 #include "../kernels.h"
@@ -16,6 +17,18 @@ inline int32_t load_quad(const void* p) {
   int32_t v;
   std::memcpy(&v, p, 4);
   return v;
+}
+
+// Calls f with `rows` as a constant, for rows from 1 to the most that a register tile holds.
+template <class S, int ROWS = S::max_rows, class F>
+inline void with_rows(int rows, const F& f) {
+  if constexpr (ROWS == 1) {
+    f(std::integral_constant<int, 1>{});
+  } else if (rows == ROWS) {
+    f(std::integral_constant<int, ROWS>{});
+  } else {
+    with_rows<S, ROWS - 1>(rows, f);
+  }
 }
 
 // The pointers of one register tile: MR rows of activations by NR tiles of sixteen weight rows.
@@ -230,14 +243,7 @@ inline int compute_some(const LinearTask& task, TileSource& t, int row, int tile
   const int left = task.rows - row;
   const int steps = (left + S::max_rows - 1) / S::max_rows;
   const int take = (left + steps - 1) / steps;
-  switch (take) {
-    case 1: compute_tile<S, 1, CODES, GROUP, SC, FIRST>(task, t, row, tile); break;
-    case 2: compute_tile<S, 2, CODES, GROUP, SC, FIRST>(task, t, row, tile); break;
-    case 3: compute_tile<S, 3, CODES, GROUP, SC, FIRST>(task, t, row, tile); break;
-    case 4: compute_tile<S, 4, CODES, GROUP, SC, FIRST>(task, t, row, tile); break;
-    case 5: compute_tile<S, 5, CODES, GROUP, SC, FIRST>(task, t, row, tile); break;
-    default: compute_tile<S, 6, CODES, GROUP, SC, FIRST>(task, t, row, tile); break;
-  }
+  with_rows<S>(take, [&](auto rows) { compute_tile<S, decltype(rows)::value, CODES, GROUP, SC, FIRST>(task, t, row, tile); });
   return take;
 }
 

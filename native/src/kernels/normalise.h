@@ -35,14 +35,13 @@ void rms_norm(const NormTask& task, float* out) {
 // A group's scale, midpoint and codes. Symmetric: scale = max|x| / 127. Asymmetric: codes span [minimum, maximum].
 // Sixteen groups at a time, so that what is computed once a group is a vector operation too.
 template <class S, int GROUP>
-inline void quantise_groups(const float* x, const ActivationFormat& f, uint8_t* row) {
+inline void quantise_groups(const float* x, const ActivationFormat& f, uint8_t* row, int begin, int end) {
   using F = typename S::F;
   using I = typename S::I;
   constexpr int vectors = GROUP / lanes;
-  const int groups = f.groups();
   const auto at = [&](size_t offset, int g) { return row + offset + static_cast<size_t>(g) * 4; };
-  for (int first = 0; first < groups; first += lanes) {
-    const int count = std::min(lanes, groups - first);
+  for (int first = begin; first < end; first += lanes) {
+    const int count = std::min(lanes, end - first);
     const float* values = x + first * GROUP;
     F high[lanes];
     F low[lanes];
@@ -104,14 +103,16 @@ inline void quantise_groups(const float* x, const ActivationFormat& f, uint8_t* 
       std::memcpy(row + f.pairs_at() + static_cast<size_t>(first) * 2, halves, static_cast<size_t>(count) * 2);
     }
   }
-  if (groups % 2 == 1 && (f.pairs_kind == Pairs::offsets || f.pairs_kind == Pairs::sums)) {
+  const int groups = f.groups();
+  if (end == groups && groups % 2 == 1 && (f.pairs_kind == Pairs::offsets || f.pairs_kind == Pairs::sums)) {
     std::memset(row + f.pairs_at() + static_cast<size_t>(groups) * 2, 0, 2);
   }
 }
 
 template <class S>
-void quantise(const float* x, const ActivationFormat& f, uint8_t* row) {
+void quantise(const float* x, const ActivationFormat& f, uint8_t* row, int begin, int end) {
   if (f.codes == Codes::bf16) {
+    if (begin >= end) return;
     auto* out = reinterpret_cast<uint16_t*>(row);
     int i = 0;
     for (; i + lanes <= f.in_features; i += lanes) S::store_bf16(out + i, S::load(x + i));
@@ -119,8 +120,8 @@ void quantise(const float* x, const ActivationFormat& f, uint8_t* row) {
     if (f.in_features % 2 == 1) out[f.in_features] = 0;
     return;
   }
-  if (f.group == 16) return quantise_groups<S, 16>(x, f, row);
-  quantise_groups<S, 32>(x, f, row);
+  if (f.group == 16) return quantise_groups<S, 16>(x, f, row, begin, end);
+  quantise_groups<S, 32>(x, f, row, begin, end);
 }
 
 }  // namespace fallow::kernels

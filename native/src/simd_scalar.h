@@ -1,0 +1,188 @@
+// Sixteen lanes in portable C++: the reference that the other instruction sets are tested against.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "bits.h"
+
+namespace fallow {
+
+struct Scalar {
+  static constexpr const char* name = "scalar";
+  static constexpr int max_rows = 1;
+
+  struct F {
+    float v[16];
+  };
+  struct I {
+    int32_t v[16];
+  };
+
+  template <class Op>
+  static F map(const Op& op) {
+    F r;
+    for (int i = 0; i < 16; ++i) r.v[i] = op(i);
+    return r;
+  }
+  template <class Op>
+  static I imap(const Op& op) {
+    I r;
+    for (int i = 0; i < 16; ++i) r.v[i] = op(i);
+    return r;
+  }
+  // The 64 bytes of an I, changed one by one.
+  template <class Op>
+  static I bytes(const I& x, const Op& op) {
+    uint8_t b[64];
+    std::memcpy(b, x.v, 64);
+    for (uint8_t& byte : b) byte = op(byte);
+    I r;
+    std::memcpy(r.v, b, 64);
+    return r;
+  }
+
+  static F zero() { return set1(0.f); }
+  static F set1(float x) {
+    return map([=](int) { return x; });
+  }
+  static F load(const float* p) {
+    F r;
+    std::memcpy(r.v, p, 64);
+    return r;
+  }
+  static void store(float* p, const F& x) { std::memcpy(p, x.v, 64); }
+  static F add(const F& a, const F& b) {
+    return map([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static F sub(const F& a, const F& b) {
+    return map([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  static F mul(const F& a, const F& b) {
+    return map([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static F div(const F& a, const F& b) {
+    return map([&](int i) { return a.v[i] / b.v[i]; });
+  }
+  static F fma(const F& a, const F& b, const F& c) {
+    return map([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+  }
+  static F max(const F& a, const F& b) {
+    return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F min(const F& a, const F& b) {
+    return map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F round(const F& a) {
+    return map([&](int i) { return std::nearbyint(a.v[i]); });
+  }
+  static F scale2(const F& x, const F& n) {
+    return map([&](int i) { return n.v[i] == n.v[i] ? std::ldexp(x.v[i], static_cast<int>(n.v[i])) : n.v[i]; });
+  }
+  static F to_float(const I& x) {
+    return map([&](int i) { return static_cast<float>(x.v[i]); });
+  }
+  static I to_int(const F& x) {
+    constexpr int32_t none = std::numeric_limits<int32_t>::min();  // NaN and what does not fit, as x86 has it
+    return imap([&](int i) { return std::fabs(x.v[i]) < 2147483520.f ? static_cast<int32_t>(std::nearbyint(x.v[i])) : none; });
+  }
+  static F keep_first(const F& x, int n, float fill) {
+    return map([&](int i) { return i < n ? x.v[i] : fill; });
+  }
+  static F drop_first(const F& x, int n, float fill) {
+    return map([&](int i) { return i < n ? fill : x.v[i]; });
+  }
+  static float sum(const F& x) {
+    float v[16];
+    std::memcpy(v, x.v, 64);
+    for (int width = 8; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) v[i] += v[i + width];
+    }
+    return v[0];
+  }
+  static float max_of(const F& x) {
+    float m = x.v[0];
+    for (int i = 1; i < 16; ++i) m = x.v[i] > m ? x.v[i] : m;
+    return m;
+  }
+  static F max_of_each(const F (&v)[16]) {
+    return map([&](int i) { return max_of(v[i]); });
+  }
+  static I sum_of_each(const I (&v)[16]) {
+    return imap([&](int i) {
+      uint32_t total = 0;
+      for (const int32_t x : v[i].v) total += static_cast<uint32_t>(x);
+      return static_cast<int32_t>(total);
+    });
+  }
+
+  static I izero() { return set1_i32(0); }
+  static I load_bytes(const void* p) {
+    I r;
+    std::memcpy(r.v, p, 64);
+    return r;
+  }
+  static void store_bytes(void* p, const I& x) { std::memcpy(p, x.v, 64); }
+  static I isub(const I& a, const I& b) {
+    return imap([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) - static_cast<uint32_t>(b.v[i])); });
+  }
+  static I iadd(const I& a, const I& b) {
+    return imap([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i])); });
+  }
+  template <int N>
+  static I shift_left(const I& a) {
+    return imap([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << N); });
+  }
+  static I set1_i32(int32_t x) {
+    return imap([=](int) { return x; });
+  }
+  static I low_nibbles(const I& x) {
+    return bytes(x, [](uint8_t b) { return static_cast<uint8_t>(b & 15); });
+  }
+  static I high_nibbles(const I& x) {
+    return bytes(x, [](uint8_t b) { return static_cast<uint8_t>(b >> 4); });
+  }
+  static I dot_u8s8(const I& acc, const I& u, const I& s) {
+    uint8_t a[64];
+    int8_t b[64];
+    std::memcpy(a, u.v, 64);
+    std::memcpy(b, s.v, 64);
+    return imap([&](int i) {
+      int32_t total = 0;
+      for (int j = 0; j < 4; ++j) total += int32_t{a[4 * i + j]} * int32_t{b[4 * i + j]};
+      return static_cast<int32_t>(static_cast<uint32_t>(acc.v[i]) + static_cast<uint32_t>(total));
+    });
+  }
+  static I dot_u4s8(const I& acc, const I& u, const I& s) { return dot_u8s8(acc, u, s); }
+
+  static F load_f16(const uint16_t* p) {
+    return map([=](int i) { return f16_to_float(p[i]); });
+  }
+  static F load_bf16(const uint16_t* p) {
+    return map([=](int i) { return bf16_to_float(p[i]); });
+  }
+  static void store_bf16(uint16_t* p, const F& x) {
+    for (int i = 0; i < 16; ++i) p[i] = float_to_bf16(x.v[i]);
+  }
+  static I pair_bf16(const F& even, const F& odd) {
+    return imap([&](int i) { return static_cast<int32_t>(float_to_bf16(even.v[i]) | (uint32_t{float_to_bf16(odd.v[i])} << 16)); });
+  }
+  static F dot_bf16(const F& acc, const I& a, const I& b) {
+    return map([&](int i) {
+      const auto x = static_cast<uint32_t>(a.v[i]);
+      const auto y = static_cast<uint32_t>(b.v[i]);
+      const float high = bits_to_float(x & 0xffff0000u) * bits_to_float(y & 0xffff0000u);
+      return acc.v[i] + bits_to_float(x << 16) * bits_to_float(y << 16) + high;
+    });
+  }
+  static void store_s8(int8_t* p, const I& x) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x.v[i] < -128 ? -128 : (x.v[i] > 127 ? 127 : x.v[i]));
+  }
+  static I even_only(const I& x) {
+    return imap([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(x.v[i]) & 0xffffu); });
+  }
+  static void prefetch(const void* p) { __builtin_prefetch(p); }
+};
+
+}  // namespace fallow
