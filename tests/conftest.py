@@ -34,6 +34,14 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_reader(smollm2_gguf: Path) -> Any:
+    """The same file as the ``gguf`` package reads it, once: it takes seconds."""
+    import gguf
+
+    return gguf.GGUFReader(smollm2_gguf)
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of texts and traces beside the repository."""
     folder = Path(__file__).parents[2] / "shared" / "data"

@@ -100,7 +100,7 @@ def test_gguf_and_folder_agree(family: str, kind: str, tiny_checkpoints: dict[st
         assert getattr(ours.config, field) == pytest.approx(getattr(reference.config, field)), field
 
 
-def test_the_real_model(smollm2_gguf: Path) -> None:
+def test_the_real_model(smollm2_gguf: Path, smollm2_reader: gguf.GGUFReader) -> None:
     checkpoint = open_checkpoint(smollm2_gguf)
     config = checkpoint.config
     assert (config.architecture, config.vocab_size, config.hidden_size) == ("llama", 49152, 576)
@@ -108,7 +108,7 @@ def test_the_real_model(smollm2_gguf: Path) -> None:
     assert (config.head_dim, config.intermediate_size, config.max_position_embeddings) == (64, 1536, 8192)
     assert (config.rope.theta, config.rope.scaling, config.tie_word_embeddings) == (100_000.0, "none", True)
     assert sum(t.elements for t in checkpoint.tensors.values()) == 134_515_008
-    reader = {t.name: t for t in gguf.GGUFReader(smollm2_gguf).tensors}
+    reader = {t.name: t for t in smollm2_reader.tensors}
     for name, theirs in {"embed_tokens": "token_embd.weight", "layers.7.down_proj": "blk.7.ffn_down.weight"}.items():
         tensor = reader[theirs]
         assert np.array_equal(checkpoint.tensors[name].read(), tensor.data.reshape(tensor.shape[1], -1))
@@ -120,6 +120,9 @@ def test_the_real_model(smollm2_gguf: Path) -> None:
 def test_a_folder_with_one_gguf(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", tiny_checkpoints["qwen3"], gguf.GGMLQuantizationType.F32)
     assert open_checkpoint(str(tmp_path)).path == tmp_path / "model.gguf"
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    assert open_checkpoint(tmp_path).format == "gguf"
+    (tmp_path / "config.json").unlink()
     shutil.copy(tmp_path / "model.gguf", tmp_path / "other.gguf")
     with pytest.raises(ModelFileError, match="2 GGUF files"):
         open_checkpoint(tmp_path)

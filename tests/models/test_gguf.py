@@ -103,12 +103,18 @@ def test_what_the_package_writes(tmp_path: Path) -> None:
     assert np.array_equal(file.read(file.tensors["half"]).view(np.float16), matrix)
 
 
-def test_the_real_file(smollm2_gguf: Path) -> None:
-    file, reference = GgufFile(smollm2_gguf), gguf.GGUFReader(smollm2_gguf)
-    fields = {key: field.contents() for key, field in reference.fields.items() if not key.startswith("GGUF.")}
-    assert file.metadata == fields
-    assert list(file.tensors) == [t.name for t in reference.tensors]
-    for theirs in reference.tensors:
+def test_the_real_file(smollm2_gguf: Path, smollm2_reader: gguf.GGUFReader) -> None:
+    file = GgufFile(smollm2_gguf)
+    fields = {key: field for key, field in smollm2_reader.fields.items() if not key.startswith("GGUF.")}
+    assert list(file.metadata) == list(fields)
+    for key, field in fields.items():
+        if len(field.data) < 1000:
+            assert file.metadata[key] == field.contents()
+        else:  # the package takes seconds for all of them
+            assert len(file.metadata[key]) == len(field.data)
+            assert file.metadata[key][::97] == [field.contents(i) for i in range(0, len(field.data), 97)]
+    assert list(file.tensors) == [t.name for t in smollm2_reader.tensors]
+    for theirs in smollm2_reader.tensors:
         ours = file.tensors[theirs.name]
         assert (ours.type.name, ours.shape) == (theirs.tensor_type.name, tuple(theirs.shape.tolist()[::-1]))
         assert (ours.offset, ours.nbytes) == (theirs.data_offset, theirs.n_bytes)

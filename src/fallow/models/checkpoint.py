@@ -14,7 +14,7 @@ from fallow.models.dequantize import dequantize_rows
 from fallow.models.gguf import GgufFile, GgufTensor
 from fallow.models.gguf_config import ROPE_FACTORS, config_from_gguf
 from fallow.models.hf_config import config_from_hf
-from fallow.models.safetensors import SafetensorsTensor, open_safetensors, read_json
+from fallow.models.safetensors import SafetensorsTensor, has_safetensors, open_safetensors, read_json
 from fallow.models.tensors import Checkpoint, RawTensor, TensorType
 
 Read = Callable[[], npt.NDArray[np.uint8]]
@@ -71,9 +71,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     try:
         if path.is_dir():
-            if (path / "config.json").exists():
-                return _open_folder(path)
             files = sorted(path.glob("*.gguf"))
+            # Repositories of GGUF files often have a config.json too, without any safetensors.
+            if (path / "config.json").exists() and (len(files) != 1 or has_safetensors(path)):
+                return _open_folder(path)
             if len(files) != 1:
                 found = f"{len(files)} GGUF files" if files else "no GGUF file"
                 raise ModelFileError(

@@ -192,9 +192,28 @@ class _Header:
         self._elements += count
         if depth >= MAX_ARRAY_DEPTH or self._elements > MAX_ARRAY_ELEMENTS:
             raise self.damaged(f"the array {key[:80]!r} is too large or nested too deeply")
-        if kind in (_STRING, _ARRAY):
-            return [self.value(kind, key, depth + 1) for _ in range(count)]
+        if kind == _STRING:
+            return self._strings(count, key)
+        if kind == _ARRAY:
+            return [self._array(key, depth + 1) for _ in range(count)]
         return self._numbers(kind, count, key)
+
+    def _strings(self, count: int, key: str) -> list[str]:
+        """As ``string``, for the hundreds of thousands that a vocabulary has."""
+        strings = []
+        for _ in range(count):
+            self._need(8)
+            size = _U64.unpack_from(self._window, self._at)[0]
+            if size > MAX_STRING_BYTES:
+                raise self.damaged(f"{key[:80]!r} claims {size} bytes")
+            self._need(8 + size)
+            start = self._at + 8
+            self._at = start + size
+            strings.append(self._window[start : self._at])
+        try:
+            return [string.decode() for string in strings]
+        except UnicodeDecodeError as error:
+            raise self.damaged(f"{key[:80]!r} is not UTF-8 text") from error
 
     def _numbers(self, kind: int, count: int, key: str) -> list[Any]:
         dtype = _SCALARS.get(kind)

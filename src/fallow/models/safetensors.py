@@ -68,14 +68,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return _parse_json(file.read(0, file.size), str(path))
 
 
+def has_safetensors(folder: Path) -> bool:
+    return (folder / INDEX).exists() or (folder / SINGLE).exists()
+
+
 def open_safetensors(folder: Path) -> dict[str, SafetensorsTensor]:
     """All tensors of ``model.safetensors`` in a folder, or of the files that its index names.
 
     Raises ``ModelFileError`` where a file is missing, damaged, or named outside of the folder.
     """
+    if not has_safetensors(folder):
+        raise ModelFileError(f"There is no {SINGLE} and no {INDEX} in {folder}: the folder has no weights to read.")
     if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
-            raise ModelFileError(f"There is no {SINGLE} and no {INDEX} in {folder}: the folder has no weights to read.")
         return read_header(folder / SINGLE)
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or len(weight_map) > MAX_TENSORS:
