@@ -33,7 +33,9 @@ def rotate(x: torch.Tensor, table: np.ndarray, rotary_dim: int) -> torch.Tensor:
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine, rest], dim=-1)
 
 
-def reference(qkv: np.ndarray, table: np.ndarray, case: tuple[int, int, int, int, int, int], scale: float) -> np.ndarray:
+def reference(
+    qkv: np.ndarray, table: np.ndarray, case: tuple[int, int, int, int, int, int], scale: float
+) -> np.ndarray:
     tokens, queries, heads, kv_heads, dim, window = case
     x = torch.from_numpy(qkv.astype(np.float64)).view(tokens, heads + 2 * kv_heads, dim)
     q = rotate(x[:, :heads], table[:tokens], table.shape[1]).bfloat16().double()

@@ -10,7 +10,17 @@ from fallow import _native
 
 ISAS = _native.available_isas()
 QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
-SHAPES = [(1, 256, 16), (2, 256, 48), (3, 512, 40), (5, 768, 33), (6, 256, 32), (7, 512, 64), (8, 256, 31), (13, 1536, 96), (25, 256, 1)]
+SHAPES = [
+    (1, 256, 16),
+    (2, 256, 48),
+    (3, 512, 40),
+    (5, 768, 33),
+    (6, 256, 32),
+    (7, 512, 64),
+    (8, 256, 31),
+    (13, 1536, 96),
+    (25, 256, 1),
+]
 
 
 def random_source(rng: np.random.Generator, kind: str, rows: int, columns: int) -> tuple[str, np.ndarray]:
@@ -57,7 +67,9 @@ def test_quantised_linear_is_within_the_activations_rounding(isa: str, kind: str
         weights = _native.kernels.unpack([source], columns).astype(np.float64)
         # Codes of 8 bits: an error of half a step an activation, the sums of which grow like a random walk.
         step = np.abs(x).max() / 127
-        bound = 6 * 0.5 * step * np.sqrt((weights**2).sum(axis=1)) + 2.0**-8 * np.abs(x).mean() * np.abs(weights).sum(axis=1)
+        bound = 6 * 0.5 * step * np.sqrt((weights**2).sum(axis=1)) + 2.0**-8 * np.abs(x).mean() * np.abs(weights).sum(
+            axis=1
+        )
         assert np.all(np.abs(result - x.astype(np.float64) @ weights.T) <= bound[None, :] + 1e-5)
 
 
@@ -70,7 +82,8 @@ def test_instruction_sets_agree(kind: str, precision: str) -> None:
         x = rng.standard_normal((rows, columns), dtype=np.float32)
         initial = rng.standard_normal((rows, outputs), dtype=np.float32)
         results = [
-            _native.kernels.linear(isa, [source], x, precision=precision, epilogue="add", initial=initial) for isa in ISAS
+            _native.kernels.linear(isa, [source], x, precision=precision, epilogue="add", initial=initial)
+            for isa in ISAS
         ]
         for other in results[:-1]:
             np.testing.assert_allclose(other, results[-1], rtol=2e-5, atol=2e-4 * np.abs(results[-1]).max())

@@ -56,6 +56,6 @@ class StepResult:
     """The sampled token of each of the R rows and its log-probability under the unmodified logits."""
 
     tokens: Int32  # [R]
-    logprobs: Float32 # [R]
+    logprobs: Float32  # [R]
     top_tokens: Int32  # [R, max of sampling["logprobs"]], most likely first
     top_logprobs: Float32  # the same shape

@@ -26,8 +26,8 @@ FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
 class ProgramBuilder:
     """Packs tensors into a native program and remembers what became of each.
 
-    ``precision``: ``auto`` keeps blocks as they are in the file and rounds floats to bf16; ``q8`` makes 8-bit codes with
-    a scale a row of everything, ``bf16`` rounds everything, ``q4`` makes 4-bit groups of 32 of what is in floating point.
+    ``precision``: ``auto`` keeps blocks as they are in the file and rounds floats to bf16, ``q8`` makes 8-bit codes
+    with a scale a row of everything, ``bf16`` rounds everything, ``q4`` makes 4-bit groups of 32 of floats.
     """
 
     program: _native.Program
@@ -81,7 +81,9 @@ class DecoderProgram:
         config = self._config
         self._x = self._program.buffer(config.hidden_size)
         self._branch = self._program.buffer(config.hidden_size) if config.post_norms else -1
-        self._qkv = self._program.buffer((config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim)
+        self._qkv = self._program.buffer(
+            (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+        )
         self._attended = self._program.buffer(config.num_attention_heads * config.head_dim)
         self._inner = self._program.buffer(config.intermediate_size)
         self._gate_up: tuple[int, int] | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +69,7 @@ def _llama3(rope: RopeConfig, base: Frequencies) -> Frequencies:
     low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
     factor = _number(rope, "factor")
     smooth = np.clip((original * base / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
-    return cast(Frequencies, (1 - smooth) * base / factor + smooth * base)
+    return (1 - smooth) * base / factor + smooth * base
 
 
 def _yarn(rope: RopeConfig, base: Frequencies) -> tuple[Frequencies, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -55,9 +56,7 @@ class ModelRunner:
         self.vocab_size = config.vocab_size
         self.num_pages = num_pages
         self.threads = threads or _native.usable_cores()
-        self.max_context = min(
-            longest_context(config.rope, config.max_position_embeddings), num_pages * self.page_size
-        )
+        self.max_context = min(longest_context(config.rope, config.max_position_embeddings), num_pages * self.page_size)
         rows = max(max_step_sequences, min(SCORED_ROWS, LOGITS_BYTES // (4 * config.vocab_size)))
         self._max_step_tokens = max_step_tokens
         self._max_logit_rows = rows
@@ -115,10 +114,7 @@ class ModelRunner:
 
     def logits(self, tokens: npt.ArrayLike, *, chunk: int = 512) -> npt.NDArray[np.float32]:
         """Logits after each token, float32 ``[T, vocab]``. Uses the pages from 0 on: not beside ``step``."""
-        parts = []
-        for rows, _ in self._passes(tokens, chunk):
-            parts.append(self._program.logits(rows))
-        return np.concatenate(parts)
+        return np.concatenate([self._program.logits(rows) for rows, _ in self._passes(tokens, chunk)])
 
     def score(self, tokens: npt.ArrayLike, *, chunk: int = 512) -> npt.NDArray[np.float32]:
         """Log-probability of each token after the first, float32 ``[T - 1]``. Not beside ``step``, as ``logits``."""
@@ -129,8 +125,8 @@ class ModelRunner:
             scores[start : start + rows] = self._program.log_probabilities(np.ascontiguousarray(targets))
         return scores
 
-    def _passes(self, tokens: npt.ArrayLike, chunk: int):  # type: ignore[no-untyped-def]
-        """Feeds one sequence through from position 0, yielding how many rows have logits and the first one's position."""
+    def _passes(self, tokens: npt.ArrayLike, chunk: int) -> Iterator[tuple[int, int]]:
+        """Feeds one sequence through from position 0; yields how many rows have logits and the first one's position."""
         ids = np.ascontiguousarray(tokens, np.int32)
         if ids.size > self.max_context:
             raise FallowError(f"{ids.size} tokens do not fit the context of {self.max_context}.")

@@ -1,0 +1,107 @@
+"""Kernels, programs and the executor of the Fallow engine (native/src)."""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+_Source = tuple[str, npt.NDArray[np.uint8]]
+_Floats = npt.NDArray[np.float32]
+_Ints = npt.NDArray[np.int32]
+_Sampled = tuple[_Ints, _Floats, _Ints, _Floats]
+
+class PackedForm(TypedDict):
+    codes: str  # "q4", "q8" or "bf16"
+    group: int
+    scales: str  # "none", "row", "f16" or "f32"
+    pairs: int
+    bytes: int
+    out_features: int
+    in_features: int
+
+page_size: int
+
+def available_isas() -> list[str]: ...
+def usable_cores() -> int: ...
+
+class Program:
+    def __init__(
+        self,
+        *,
+        threads: int,
+        isa: str,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_layers: int,
+        max_tokens: int,
+        max_sequences: int,
+        max_logit_rows: int,
+        num_pages: int,
+        max_positions: int,
+    ) -> None: ...
+    def buffer(self, width: int) -> int: ...
+    def vector(self, values: _Floats) -> int: ...
+    def weights(
+        self,
+        sources: Sequence[_Source],
+        in_features: int,
+        *,
+        interleave: bool = False,
+        asymmetric: bool = False,
+        precision: str = "own",
+    ) -> int: ...
+    def describe(self, weights: int) -> PackedForm: ...
+    def activations_for(self, weights: int) -> int: ...
+    def embed(self, weights: int, out: int, scale: float = 1.0) -> None: ...
+    def norm(self, x: int, weight: int, out: int, eps: float) -> None: ...
+    def norm_quantise(self, x: int, weight: int, out: Sequence[int], eps: float) -> None: ...
+    def quantise(self, x: int, out: int) -> None: ...
+    def linear(
+        self, activations: int, weights: int, out: int, *, bias: int = -1, column: int = 0, epilogue: str = "store"
+    ) -> None: ...
+    def rope(
+        self,
+        qkv: int,
+        table: int,
+        rotary_dim: int,
+        *,
+        q_norm: int = -1,
+        k_norm: int = -1,
+        eps: float = 0.0,
+        layer: int,
+    ) -> None: ...
+    def attention(self, out: int, *, layer: int, window: int, scale: float) -> None: ...
+    def add(self, x: int, out: int) -> None: ...
+    def gate(self, gate: int, up: int, out: int, *, gelu: bool) -> None: ...
+    def gather(self, x: int, out: int) -> None: ...
+    def finish(self, logits: int) -> None: ...
+    def run(
+        self, tokens: _Ints, row_offsets: _Ints, start_positions: _Ints, page_table: _Ints, logit_rows: _Ints
+    ) -> None: ...
+    def step(
+        self,
+        tokens: _Ints,
+        row_offsets: _Ints,
+        start_positions: _Ints,
+        page_table: _Ints,
+        logit_rows: _Ints,
+        sampling: npt.NDArray[np.uint8],
+        bias_offsets: _Ints | None = None,
+        bias_tokens: _Ints | None = None,
+        bias_values: _Floats | None = None,
+        repeated_offsets: _Ints | None = None,
+        repeated_tokens: _Ints | None = None,
+        allowed: npt.NDArray[np.uint32] | None = None,
+    ) -> _Sampled: ...
+    def log_probabilities(self, targets: _Ints) -> _Floats: ...
+    def logits(self, rows: int) -> _Floats: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def page_bytes(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+
+kernels: Any
