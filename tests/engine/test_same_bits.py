@@ -85,7 +85,7 @@ def test_the_same_bits_alone_and_in_shuffled_batches(start_engine: Any) -> None:
     engine.close()
 
     # Few enough pages that sequences are set back, and the second round finds prefixes of the first.
-    engine = start_engine(pages=12, max_num_seqs=MAX_NUM_SEQS, prefill_chunk=100, speculation="prompt-lookup")
+    engine = start_engine(pages=10, max_num_seqs=MAX_NUM_SEQS, prefill_chunk=100, speculation="prompt-lookup")
     for seed in range(2):
         together = Run(engine, requests, seed)
         order = list(range(REQUESTS))
