@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,16 @@ class Measurement:
     joules: float = 0.0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The state of all that is measured: ``at`` in seconds of ``time.perf_counter``, counters in microjoules."""
+
+    at: float
+    cpu_seconds: float
+    resident_bytes: int
+    counters: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -78,34 +88,37 @@ class EnergyMeter:
             return "RAPL counters: " + ", ".join(domain.name for domain in self._domains)
         return ESTIMATE_METHOD
 
+    def reading(self, pids: Sequence[int] | None = None) -> Reading:
+        """The state now, for ``between``. ``pids`` are the processes to look at, where they are known already: finding
+        them takes milliseconds."""
+        found = list(pids) if pids is not None else process_tree(self._pid)
+        counters = tuple(domain.read() for domain in self._domains)
+        return Reading(time.perf_counter(), cpu_seconds(found), resident_bytes(found), counters)
+
+    def between(self, before: Reading, after: Reading) -> Measurement:
+        """What was used between two readings, which are less than one round of a counter apart: minutes to hours under
+        load."""
+        seconds = after.at - before.at
+        # A child that ended without being waited for takes its time along.
+        cpu = max(after.cpu_seconds - before.cpu_seconds, 0.0)
+        if self._domains:
+            joules = sum(map(RaplDomain.joules_between, self._domains, before.counters, after.counters))
+        else:
+            gigabytes = (before.resident_bytes + after.resident_bytes) / 2 / 1e9
+            joules = cpu * WATTS_PER_BUSY_CORE + gigabytes * WATTS_PER_RESIDENT_GB * seconds
+        return Measurement(joules, seconds, cpu)
+
     @contextmanager
     def measure(self) -> Iterator[Measurement]:
-        """Fills in the measurement when the block ends. Counters wrap round within minutes to hours under load, so a
-        block should not last longer than that."""
+        """Measures the block, whose ``Measurement`` is filled in when it ends."""
         measurement = Measurement()
-        pids = process_tree(self._pid)
-        cpu_before, memory_before = cpu_seconds(pids), resident_bytes(pids)
-        counters_before = [domain.read() for domain in self._domains]
-        started = time.perf_counter()
+        before = self.reading()
         try:
             yield measurement
         finally:
-            measurement.seconds = time.perf_counter() - started
-            counters = [domain.read() for domain in self._domains]
-            pids = process_tree(self._pid)
-            # A child that ended without being waited for takes its time along.
-            measurement.cpu_seconds = max(cpu_seconds(pids) - cpu_before, 0.0)
-            if self._domains:
-                measurement.joules = sum(
-                    domain.joules_between(before, after)
-                    for domain, before, after in zip(self._domains, counters_before, counters, strict=True)
-                )
-            else:
-                gigabytes = (memory_before + resident_bytes(pids)) / 2 / 1e9
-                measurement.joules = (
-                    measurement.cpu_seconds * WATTS_PER_BUSY_CORE
-                    + gigabytes * WATTS_PER_RESIDENT_GB * measurement.seconds
-                )
+            used = self.between(before, self.reading())
+            measurement.joules, measurement.seconds = used.joules, used.seconds
+            measurement.cpu_seconds = used.cpu_seconds
 
 
 def rapl_domains(powercap: Path = POWERCAP) -> list[RaplDomain]:

