@@ -101,13 +101,14 @@ def _make(folder: Path, python: Path, requirements: Requirements) -> None:
     log = folder.with_suffix(".log")
     environment = {**os.environ, **requirements.variables, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     environment.pop("PYTHONPATH", None)
-    run([sys.executable, "-m", "venv", str(folder)], log, environment)
-    run([str(python), "-m", "pip", "install", *requirements.install], log, environment)
+    run("python -m venv", [sys.executable, "-m", "venv", str(folder)], log, environment)
+    run("pip install", [str(python), "-m", "pip", "install", *requirements.install], log, environment)
     if requirements.uninstall:
-        run([str(python), "-m", "pip", "uninstall", "-y", *requirements.uninstall], log, environment)
+        command = [str(python), "-m", "pip", "uninstall", "-y", *requirements.uninstall]
+        run("pip uninstall", command, log, environment)
 
 
-def run(command: list[str], log: Path, environment: dict[str, str], minutes: int = _MINUTES) -> None:
+def run(what: str, command: list[str], log: Path, environment: dict[str, str]) -> None:
     """Run ``command``, its output to the end of ``log``. Raises ``PeerError`` with its last line where it fails."""
     with log.open("a") as file:
         file.write(f"$ {' '.join(command)}\n")
@@ -119,13 +120,13 @@ def run(command: list[str], log: Path, environment: dict[str, str], minutes: int
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                timeout=60 * minutes,
+                timeout=60 * _MINUTES,
                 check=False,
             ).returncode
         except subprocess.TimeoutExpired:
-            raise PeerError(f"{Path(command[0]).name} did not end within {minutes} minutes, see {log}.") from None
+            raise PeerError(f"{what} did not end within {_MINUTES} minutes, see {log}.") from None
     if code != 0:
-        raise PeerError(f"{' '.join(command[1:4])} failed ({last_line(log)}), see {log}.")
+        raise PeerError(f"{what} failed ({last_line(log)}), see {log}.")
 
 
 def last_line(log: Path) -> str:

@@ -1,6 +1,6 @@
 """Runs a worker module of this package in any Python, even one where fallow is not installed.
 
-usage: python launch.py fallow.bench.workers.NAME
+usage: python launch.py fallow.bench.workers.NAME [ARGUMENTS]
 
 The environment of a peer has none of fallow's dependencies and must not see those of ours, which can be another
 version of the same library. So ``fallow`` is made known as a bare package whose modules are found where they lie, and
@@ -21,7 +21,7 @@ def main() -> None:
     package = types.ModuleType("fallow")
     package.__path__ = [str(here.parent)]
     sys.modules["fallow"] = package
-    runpy.run_module(sys.argv[1], run_name="__main__")
+    runpy.run_module(sys.argv.pop(1), run_name="__main__")
 
 
 if __name__ == "__main__":

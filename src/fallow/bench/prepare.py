@@ -61,7 +61,7 @@ def remove(path: Path) -> None:
 def run_worker_script(python: Path, script: str, arguments: list[str], log: Path) -> None:
     """Run a module of ``fallow.bench.workers`` in a peer's environment. Raises ``PeerError`` where it fails."""
     command = [str(python), str(_LAUNCH), f"fallow.bench.workers.{script}", *arguments]
-    run(command, log, worker_environment(python))
+    run(f"{script} in {python}", command, log, worker_environment(python))
 
 
 def worker_environment(python: Path) -> dict[str, str]:

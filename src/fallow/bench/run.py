@@ -58,8 +58,9 @@ def run_bench(
     reason. ``precisions`` are ours. ``loads``: ``"full"``, or ``"quick"``, which leaves the perplexity out unless
     ``text`` or ``quality_tokens`` asks for it; ``quality_tokens=0`` leaves it out always. ``price`` is what the machine
     costs an hour, in dollars. ``trace`` replays a trace against the server of each engine too (its fastest
-    precision) and against ``endpoint``; ``loads="none"`` does that alone. Each load is measured ``repetitions`` times, the engines taking turns, after a pass that
-    is not counted; medians are given. ``progress`` is called with what is being done, steps done, and steps in all.
+    precision) and against ``endpoint``; ``loads="none"`` does that alone. Each load is measured ``repetitions`` times,
+    the engines taking turns, after a pass that is not counted; medians are given. ``progress`` is called with what is
+    being done, steps done, and steps in all.
 
     Raises ``FallowError`` where the model cannot be loaded or an argument makes no sense.
     """

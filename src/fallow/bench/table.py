@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -61,7 +62,7 @@ def _footnote(result: BenchResult) -> str:
 
 def _speed(result: BenchResult, engines: list[tuple[str, str]]) -> Table:
     keys: list[_Key] = list(dict.fromkeys((run.load, run.batch, run.context) for run in result.runs))
-    table = Table(title="tokens/s", title_justify="left", pad_edge=False)
+    table = Table(title="tokens/s", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("engine")
     for key in keys:
         table.add_column(_title(key), justify="right")
@@ -85,7 +86,7 @@ def _cost(result: BenchResult, engines: list[tuple[str, str]]) -> Table:
     shortest = min((run.context or 0 for run in decodes), default=0)
     batches = sorted({run.batch or 0 for run in decodes if run.context == shortest})
     ends = list(dict.fromkeys((*batches[:1], *batches[-1:])))
-    table = Table(title="cost", title_justify="left", pad_edge=False)
+    table = Table(title="cost", title_justify="left", box=box.SIMPLE_HEAD)
     columns: list[_Column] = [
         _Column("first token ms", lambda run: run.load == "prefill", lambda run: run.ttft_s, 1000),
         _Column("peak MB", lambda run: run.peak_memory_bytes is not None, lambda run: run.peak_memory_bytes, 1e-6),

@@ -8,8 +8,10 @@ goes on. End of input ends it. What libraries print goes to stderr.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -185,4 +187,7 @@ def serve(load: Callable[[WorkerOptions], Backend]) -> None:
             say({"error": f"{type(error).__name__}: {error}"})
     # Engines that keep threads or processes of their own can hang when they are torn down; nothing is left to save.
     sys.stderr.flush()
+    for child in process_tree(os.getpid())[1:]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
     os._exit(0)

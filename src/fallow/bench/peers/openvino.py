@@ -50,6 +50,7 @@ class OpenVino:
             folder,
             f"openvino-{name}",
             lambda target, log: run(
+                f"the export to {name}",
                 [*program, "--model", str(folder), *task, "--weight-format", name, *options, str(target)],
                 log,
                 environment,
