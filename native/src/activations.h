@@ -21,9 +21,7 @@ struct ActivationFormat {
   bool asymmetric = false;
 
   int groups() const { return codes == Codes::bf16 ? 1 : in_features / group; }
-  int pairs() const {
-    return pairs_kind == Pairs::none ? 0 : (pairs_kind == Pairs::both ? groups() : (groups() + 1) / 2);
-  }
+  int pairs() const { return pair_count(pairs_kind, groups()); }
   static constexpr size_t align(size_t n) { return (n + 63) / 64 * 64; }
   size_t scales_at() const { return align(in_features); }
   size_t start_at(bool eight_bit) const { return scales_at() + static_cast<size_t>(groups()) * (eight_bit ? 8 : 4); }

@@ -209,11 +209,12 @@ void put_row(const PackedLinear& w, uint8_t* tile, int lane, const CodedRow& row
       sum = scale * static_cast<float>(total) + row.offsets[g] * static_cast<float>(w.group);
     }
     if (w.pairs_kind == Pairs::offsets) pair_slot(w, tile, g / 2, lane)[g % 2] = float_to_bf16(row.offsets[g]);
-    if (w.pairs_kind == Pairs::sums) pair_slot(w, tile, g / 2, lane)[g % 2] = float_to_bf16(sum);
-    if (w.pairs_kind == Pairs::both) {
-      pair_slot(w, tile, g, lane)[0] = float_to_bf16(sum);
-      pair_slot(w, tile, g, lane)[1] = float_to_bf16(row.offsets[g]);
+    if (w.pairs_kind == Pairs::sums || w.pairs_kind == Pairs::both) {
+      uint16_t* slot = pair_slot(w, tile, w.pairs_kind == Pairs::both ? 2 * g : g, lane);
+      slot[0] = float_to_bf16(sum);
+      slot[1] = float_to_bf16(sum - bf16_to_float(slot[0]));
     }
+    if (w.pairs_kind == Pairs::both) pair_slot(w, tile, 2 * g + 1, lane)[0] = float_to_bf16(row.offsets[g]);
   }
   if (w.scales == Scales::row) reinterpret_cast<float*>(tile + w.scales_at)[lane] = row.scales.empty() ? 0.f : row.scales[0];
 }
@@ -241,7 +242,7 @@ PackedLinear layout(const Storage& s, int rows, int in_features, const PackOptio
     const bool offsets = !q8 && s.offsets;
     w.pairs_kind = offsets ? (options.asymmetric ? Pairs::both : Pairs::offsets)
                            : (options.asymmetric ? Pairs::sums : Pairs::none);
-    w.pairs = w.pairs_kind == Pairs::none ? 0 : (w.pairs_kind == Pairs::both ? w.groups : (w.groups + 1) / 2);
+    w.pairs = pair_count(w.pairs_kind, w.groups);
     codes_bytes = static_cast<size_t>(in_features) * lanes * static_cast<int>(w.codes) / 8;
   }
   w.scales_at = align64(codes_bytes);
@@ -335,7 +336,7 @@ void unpack_row(const PackedLinear& w, int row, float* out) {
     const auto* pairs = reinterpret_cast<const uint16_t*>(tile + w.pairs_at);
     float offset = 0.f;
     if (w.pairs_kind == Pairs::offsets) offset = bf16_to_float(pairs[(static_cast<size_t>(g / 2) * lanes + lane) * 2 + g % 2]);
-    if (w.pairs_kind == Pairs::both) offset = bf16_to_float(pairs[at * 2 + 1]);
+    if (w.pairs_kind == Pairs::both) offset = bf16_to_float(pairs[(static_cast<size_t>(2 * g + 1) * lanes + lane) * 2]);
     for (int i = 0; i < w.group; ++i) {
       const int k = g * w.group + i;
       int code = 0;

@@ -18,10 +18,21 @@ namespace fallow {
 
 enum class Codes : int { q4 = 4, q8 = 8, bf16 = 16 };
 enum class Scales : int { none = 0, f16 = 1, f32 = 2, row = 3 };
-// What the pairs of a quantised matrix carry, in the order of two bfloat16 values:
-//   offsets: (offset of group 2p, of 2p+1)          sums: (sum of the weights of group 2p, of 2p+1)
-//   both:    (sum of the weights of group p, offset of group p)
+// What the pairs of a quantised matrix carry:
+//   offsets: pair p holds the offsets of groups 2p and 2p + 1
+//   sums:    pair g holds the sum of the weights of group g, as a bfloat16 and what that leaves
+//   both:    pair 2g holds the sum as above, pair 2g + 1 the offset and 0
 enum class Pairs : int { none = 0, offsets = 1, sums = 2, both = 3 };
+
+inline int pair_count(Pairs kind, int groups) {
+  switch (kind) {
+    case Pairs::none: return 0;
+    case Pairs::offsets: return (groups + 1) / 2;
+    case Pairs::sums: return groups;
+    case Pairs::both: return 2 * groups;
+  }
+  return 0;
+}
 
 constexpr int lanes = 16;
 

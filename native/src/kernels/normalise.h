@@ -94,17 +94,26 @@ inline void quantise_groups(const float* x, const ActivationFormat& f, uint8_t* 
     put(at(f.start_at(false), first), buffer);
     S::store_bytes(buffer, S::template shift_left<7>(negative));
     put(at(f.start_at(true), first), buffer);
-    if (f.pairs_kind == Pairs::both) {
-      S::store_bytes(buffer, S::pair_bf16(S::load(middle), real_sum));
-      put(at(f.pairs_at(), first), buffer);
-    } else if (f.pairs_kind != Pairs::none) {
+    const F centre = S::load(middle);
+    if (f.pairs_kind == Pairs::offsets) {
       alignas(64) uint16_t halves[lanes];
-      S::store_bf16(halves, f.pairs_kind == Pairs::sums ? S::load(middle) : real_sum);
+      S::store_bf16(halves, real_sum);
       std::memcpy(row + f.pairs_at() + static_cast<size_t>(first) * 2, halves, static_cast<size_t>(count) * 2);
+    } else if (f.pairs_kind == Pairs::sums) {
+      S::store_bytes(buffer, S::pair_bf16(centre, centre));
+      put(at(f.pairs_at(), first), buffer);
+    } else if (f.pairs_kind == Pairs::both) {
+      alignas(64) uint32_t sums[lanes];
+      S::store_bytes(buffer, S::pair_bf16(centre, centre));
+      S::store_bytes(sums, S::pair_bf16(real_sum, S::zero()));
+      for (int g = 0; g < count; ++g) {
+        std::memcpy(at(f.pairs_at(), 2 * (first + g)), buffer + g, 4);
+        std::memcpy(at(f.pairs_at(), 2 * (first + g) + 1), sums + g, 4);
+      }
     }
   }
   const int groups = f.groups();
-  if (end == groups && groups % 2 == 1 && (f.pairs_kind == Pairs::offsets || f.pairs_kind == Pairs::sums)) {
+  if (end == groups && groups % 2 == 1 && f.pairs_kind == Pairs::offsets) {
     std::memset(row + f.pairs_at() + static_cast<size_t>(groups) * 2, 0, 2);
   }
 }
