@@ -28,7 +28,8 @@ RUN_KEYS = {
 }
 
 
-def run(engine: str, precision: str, load: str, batch: int | None, context: int | None, speed: float) -> Run:
+def run(engine: str, precision: str, at: tuple[str, int | None, int | None], speed: float) -> Run:
+    load, batch, context = at
     return Run(
         engine=engine,
         precision=precision,
@@ -58,9 +59,9 @@ def result() -> BenchResult:
         ("llama.cpp", "Q4_0", 150.0),
         ("openvino", "int8", 100.0),
     ):
-        found.runs += [run(engine, precision, load.kind, load.batch, load.context, speed) for load in QUICK]
-    found.runs.append(run("fallow", "auto", "trace", None, None, 50.0))
-    found.runs.append(run("vllm", "bf16", "trace", None, None, 0.0))
+        found.runs += [run(engine, precision, (load.kind, load.batch, load.context), speed) for load in QUICK]
+    found.runs.append(run("fallow", "auto", ("trace", None, None), 50.0))
+    found.runs.append(run("vllm", "bf16", ("trace", None, None), 0.0))
     found.quality.append(Quality("fallow", "auto", "text", 17.25, 0.9, 1000, 1024))
     found.skipped.append(Skipped("transformers", "it was not to be had"))
     return found

@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,6 @@ from fallow.bench.trace import (
 )
 from fallow.errors import FallowError
 
-AZURE = Path(__file__).parents[3] / "shared" / "data" / "azure-llm-trace-conv-2023.csv"
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
 
@@ -41,13 +41,11 @@ def test_a_trace_is_read_in_the_order_of_time(tmp_path: Path) -> None:
     assert read_trace(file) == [Arrival(0.0, 374, 44), Arrival(4.5, 396, 109)]
 
 
-def test_the_azure_trace_is_read_whole() -> None:
-    if not AZURE.is_file():
-        pytest.skip(f"{AZURE.name} is not here")
-    arrivals = read_trace(AZURE)
+def test_the_azure_trace_is_read_whole(shared_data: Path) -> None:
+    arrivals = read_trace(shared_data / "azure-llm-trace-conv-2023.csv")
     assert len(arrivals) == 19_366
     assert arrivals[0].at == 0
-    assert all(a.at <= b.at for a, b in zip(arrivals, arrivals[1:], strict=False))
+    assert all(a.at <= b.at for a, b in pairwise(arrivals))
 
 
 @pytest.mark.parametrize(

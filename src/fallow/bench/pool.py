@@ -60,6 +60,10 @@ class WorkerProcess:
             self.close()
             raise
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ask(self, request: dict[str, Any], on_progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """The answer to one request. Raises ``PeerError`` where the worker fails, dies or does not answer in time."""
         return self._exchange(request, _ANSWER_SECONDS, on_progress)
@@ -141,6 +145,11 @@ class WorkerPool:
     def __enter__(self) -> WorkerPool:
         return self
 
+    @property
+    def pids(self) -> dict[str, int]:
+        """The processes that are kept, by the names of their variants."""
+        return {name: worker.pid for name, worker in self._workers.items()}
+
     def __exit__(self, *exception: object) -> None:
         for worker in self._workers.values():
             worker.close()
@@ -187,7 +196,7 @@ def start_worker(
 
 
 def size_of(model: Path) -> int:
-    """Bytes of a file, or of the files of a folder."""
-    if model.is_file():
-        return model.stat().st_size
+    """Bytes of a file, or of the files of a folder; 0 where there is neither."""
+    if not model.is_dir():
+        return model.stat().st_size if model.exists() else 0
     return sum(path.stat().st_size for path in model.iterdir() if path.is_file())

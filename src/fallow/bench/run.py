@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 from collections import Counter
@@ -73,6 +74,8 @@ def run_bench(
     window = min(DEFAULT_WINDOW, max_context)
     if repetitions < 1:
         raise FallowError(f"repetitions is {repetitions}: it must be at least 1.")
+    if price is not None and not (price >= 0 and math.isfinite(price)):
+        raise FallowError(f"price is {price}: it must be at least 0 dollars an hour.")
     if quality_tokens is None:
         quality_tokens = DEFAULT_QUALITY_TOKENS if loads == "full" or text is not None else 0
     result = BenchResult(

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fallow.meter.energy import EnergyMeter, Reading
+from fallow.meter.energy import EnergyMeter, Measurement, Reading
 from fallow.meter.processes import peak_resident_bytes, process_tree
 
 
@@ -57,8 +57,10 @@ class Timeline:
     ends: prompts are read before it, and after it the batch is smaller.
     """
 
-    def __init__(self, batch: int, tokens: int, meter: EnergyMeter, pids: list[int]) -> None:
+    def __init__(self, prompts: list[list[int]], tokens: int, meter: EnergyMeter, pids: list[int]) -> None:
         self.tokens = tokens
+        self.prompt_tokens = sum(map(len, prompts))
+        batch = len(prompts)
         self._meter, self._pids = meter, pids
         self.arrivals: list[list[float]] = [[] for _ in range(batch)]
         self._waiting = batch
@@ -77,35 +79,41 @@ class Timeline:
             self.region.append(self._meter.reading(self._pids))
 
     def prefill(self) -> dict[str, float]:
-        """Seconds until the last of the first tokens, and what was used until then."""
+        """Seconds until the last of the first tokens, and what was used until then, a prompt token."""
         used = self._meter.between(self.began, self.region[0])
         seconds = max(arrivals[0] for arrivals in self.arrivals) - self.began.at
-        return {"seconds": seconds, "joules": used.joules, "cpu_seconds": used.cpu_seconds, "ttft_s": seconds}
+        tokens = self.prompt_tokens
+        return {"tokens_per_s": tokens / seconds, "ttft_s": seconds, **_used(used, tokens)}
 
     def decode(self) -> dict[str, float]:
         """Tokens per second of the whole batch in the decode region, and what was used in it.
 
         The sum over the sequences of the arrivals in the region less one, over the time between the first and the last
-        of them: the small lags between sequences of one step then cancel.
+        of them: the small lags between sequences of one step then cancel. Where the sequences hardly ran together (a
+        model so small that one ends before the next has begun) it is that of the whole run instead.
         """
         begin, end = max(a[0] for a in self.arrivals), min(a[-1] for a in self.arrivals)
-        rate, count = 0.0, 0
-        for arrivals in self.arrivals:
-            inside = [at for at in arrivals if begin <= at <= end]
-            if len(inside) < 2:
-                raise RuntimeError("the sequences hardly ran together: the load has too few tokens")
-            rate += (len(inside) - 1) / (inside[-1] - inside[0])
-            count += len(inside) - 1
-        used = self._meter.between(*self.region)
+        inside = [[at for at in arrivals if begin <= at <= end] for arrivals in self.arrivals]
+        if all(len(times) >= 2 for times in inside):
+            rate = sum((len(times) - 1) / (times[-1] - times[0]) for times in inside)
+        else:
+            whole = max(a[-1] for a in self.arrivals) - min(a[0] for a in self.arrivals)
+            rate = sum(len(arrivals) - 1 for arrivals in self.arrivals) / whole
+        before, after = self.region
+        tokens = sum(before.at < at <= after.at for arrivals in self.arrivals for at in arrivals)
         first = sorted(arrivals[0] for arrivals in self.arrivals)
-        return {
-            "tokens_per_s": rate,
-            "tokens": count,
-            "seconds": used.seconds,
-            "joules": used.joules,
-            "cpu_seconds": used.cpu_seconds,
-            "ttft_s": first[len(first) // 2] - self.began.at,
-        }
+        used = self._meter.between(before, after)
+        return {"tokens_per_s": rate, "ttft_s": first[len(first) // 2] - self.began.at, **_used(used, tokens)}
+
+
+def _used(used: Measurement, tokens: int) -> dict[str, float]:
+    return {
+        "tokens": tokens,
+        "seconds": used.seconds,
+        "joules": used.joules,
+        "cpu_seconds": used.cpu_seconds,
+        "joules_per_token": used.joules / max(tokens, 1),
+    }
 
 
 def random_prompts(batch: int, context: int, vocab_size: int, seed: int) -> list[list[int]]:
@@ -128,16 +136,10 @@ class _Worker:
     def measure(self, request: dict[str, Any]) -> dict[str, Any]:
         batch, context, tokens = request["batch"], request["context"], request["tokens"]
         prompts = random_prompts(batch, context, self.backend.vocab_size, request["seed"])
-        timeline = Timeline(batch, tokens, self.meter, process_tree(os.getpid()))
+        timeline = Timeline(prompts, tokens, self.meter, process_tree(os.getpid()))
         self.backend.run(prompts, tokens, timeline)
         assert all(len(arrivals) == tokens for arrivals in timeline.arrivals), "not every token arrived"
-        if request["kind"] == "prefill":
-            answer = timeline.prefill()
-            count = batch * context
-            answer |= {"tokens": count, "tokens_per_s": count / answer["seconds"]}
-        else:
-            answer = timeline.decode()
-        answer["joules_per_token"] = answer["joules"] / answer["tokens"]
+        answer = timeline.prefill() if request["kind"] == "prefill" else timeline.decode()
         return {**answer, "energy_source": self.meter.source}
 
     def perplexity(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
