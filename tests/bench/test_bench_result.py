@@ -95,7 +95,18 @@ def test_tables_show_every_engine_every_load_and_what_was_left_out(width: int) -
     text = out.getvalue()
     assert "it was not to be had" in " ".join(text.split())
     if width == 120:
-        for word in ("fallow auto", "fallow q8", "llama.cpp Q4_0", "openvino int8", "2.00", "17.250", "A CPU", "×8"):
+        for word in (
+            "fallow auto",
+            "fallow q8",
+            "llama.cpp Q4_0",
+            "openvino int8",
+            "2.00",
+            "17.250",
+            "A CPU",
+            "×8",
+            "trace",
+            "vllm bf16",
+        ):
             assert word in text
 
 

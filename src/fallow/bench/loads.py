@@ -13,13 +13,15 @@ class Load:
     """``batch`` random prompts of ``context`` tokens, handed in at once, and ``tokens`` new tokens of each.
 
     ``prefill`` asks how fast the prompt is read (until the first new token), ``decode`` how fast tokens follow while
-    all sequences are running.
+    all sequences are running. A load that takes only a moment is repeated ``repeats`` times in one turn, of which the
+    median counts.
     """
 
     kind: Literal["prefill", "decode"]
     batch: int
     context: int
     tokens: int
+    repeats: int = 1
 
     @property
     def positions(self) -> int:
@@ -38,18 +40,18 @@ class Load:
         return f"decode ×{self.batch}" + (f" at {self.context:,}" if self.context > 128 else "")
 
 
-FULL = (
-    Load("prefill", 1, 512, 1),
-    Load("decode", 1, 128, 64),
-    Load("decode", 4, 128, 64),
-    Load("decode", 8, 128, 48),
+FULL: tuple[Load, ...] = (
+    Load("prefill", 1, 512, 1, repeats=3),
+    Load("decode", 1, 128, 64, repeats=3),
+    Load("decode", 4, 128, 64, repeats=3),
+    Load("decode", 8, 128, 48, repeats=3),
     Load("decode", 16, 128, 48),
     Load("decode", 32, 128, 48),
     Load("decode", 1, 4096, 32),
     Load("decode", 1, 7680, 32),
 )
-QUICK = (Load("prefill", 1, 512, 1), Load("decode", 1, 128, 64), Load("decode", 8, 128, 48))
-MEMORY = Load("decode", 1, 128, 64)
+QUICK = tuple(load for load in FULL if load.context <= 512 and load.batch in (1, 8))
+MEMORY = FULL[1]
 
 
 def loads_of(name: str, max_context: int) -> tuple[Load, ...]:

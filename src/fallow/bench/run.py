@@ -260,6 +260,7 @@ def _request(load: Load, *, seed: int) -> dict[str, Any]:
         "batch": load.batch,
         "context": load.context,
         "tokens": load.tokens,
+        "repeats": load.repeats,
         "seed": seed,
     }
 

@@ -33,10 +33,12 @@ class _Column:
 
 def bench_tables(result: BenchResult) -> RenderableType:
     """Speed, cost, and what was left out, as one renderable of at most about 100 columns."""
-    engines = list(dict.fromkeys((run.engine, run.precision) for run in result.runs))
+    engines = list(dict.fromkeys((run.engine, run.precision) for run in result.runs if run.load != "trace"))
     parts: list[RenderableType] = [_heading(result)]
-    if engines:
+    if engines or result.quality:
         parts += [_speed(result, engines), _cost(result, engines)]
+    if any(run.load == "trace" for run in result.runs):
+        parts.append(_trace(result))
     parts += [Text(f"Left out: {skipped.peer}: {skipped.reason}", style="yellow") for skipped in result.skipped]
     parts.append(Text(_footnote(result), style="dim"))
     return Group(*parts)
@@ -61,7 +63,8 @@ def _footnote(result: BenchResult) -> str:
 
 
 def _speed(result: BenchResult, engines: list[tuple[str, str]]) -> Table:
-    keys: list[_Key] = list(dict.fromkeys((run.load, run.batch, run.context) for run in result.runs))
+    measured = [run for run in result.runs if run.load != "trace"]
+    keys: list[_Key] = list(dict.fromkeys((run.load, run.batch, run.context) for run in measured))
     table = Table(title="tokens/s", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("engine")
     for key in keys:
@@ -112,6 +115,32 @@ def _cost(result: BenchResult, engines: list[tuple[str, str]]) -> Table:
     return table
 
 
+def _trace(result: BenchResult) -> Table:
+    """The highest rate that each server bore, and what it was like then."""
+    table = Table(title="trace, at the highest rate within the objective", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("engine")
+    names = ("requests/s", "tokens/s", "first token p90 s", "per token p90 ms", "mJ/token", "$/M tokens")
+    for name in names:
+        table.add_column(name, justify="right")
+    for run in (run for run in result.runs if run.load == "trace"):
+        best = run.details.get("best") or {}
+        values = (
+            best.get("requests_per_s"),
+            run.tokens_per_s,
+            best.get("ttft_p90"),
+            _times(best.get("tpot_p90"), 1000),
+            _times(run.joules_per_token, 1000),
+            run.usd_per_million_output_tokens,
+        )
+        cells = ["" if value is None else _number(value) for value in values]
+        table.add_row(f"{run.engine} {run.precision}", *cells, style="bold" if run.engine == OURS else None)
+    return table
+
+
+def _times(value: float | None, scale: float) -> float | None:
+    return None if value is None else value * scale
+
+
 def _first(result: BenchResult, engine: str, precision: str, wanted: Callable[[Run], bool]) -> Run | None:
     for run in result.runs:
         if (run.engine, run.precision) == (engine, precision) and wanted(run):
@@ -130,6 +159,4 @@ def _number(value: float) -> str:
 
 def _title(key: _Key) -> str:
     load, batch, context = key
-    if load == "trace":
-        return "trace"
     return Load(load, batch or 1, context or 0, 0).title.replace("decode ", "")  # type: ignore[arg-type]
