@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -122,6 +123,29 @@ def test_a_worker_that_dies_is_reported_and_started_anew(variant: Variant, tmp_p
         assert pool.ask(variant, MEASURE)["tokens_per_s"] > 0
         (pid,) = pool.pids.values()
     assert state(pid) is None
+
+
+def test_a_stopped_worker_does_not_outlive_a_killed_driver(variant: Variant, tmp_path: Path) -> None:
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from fallow.bench.ours import our_variants\n"
+        "from fallow.bench.pool import start_worker\n"
+        "variant = our_variants(Path(sys.argv[1]), ['auto'])[0]\n"
+        f"worker = start_worker(variant, Path(sys.argv[2]), **{LIMITS!r})\n"
+        "print(worker.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(variant.model), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        pid = int(driver.stdout.readline())
+        assert state(pid) in ("T", "S", "R")
+        driver.kill()
+    until = time.monotonic() + 10
+    while state(pid) not in (None, "Z") and time.monotonic() < until:
+        time.sleep(0.02)
+    assert state(pid) in (None, "Z")
 
 
 def test_a_worker_that_cannot_begin_says_why(variant: Variant, tmp_path: Path) -> None:

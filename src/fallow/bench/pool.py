@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fallow.bench.environment import PeerError, last_line
+from fallow.bench.guard import GUARD
 from fallow.bench.peers.base import Variant
 from fallow.bench.prepare import worker_environment
 from fallow.bench.result import OURS
@@ -43,8 +44,7 @@ class WorkerProcess:
             command, environment = [str(variant.python), str(_LAUNCH), module], worker_environment(variant.python)
         environment["OMP_NUM_THREADS"] = str(options.threads)
         with log.open("wb") as stderr:
-            # A process group of its own, in our session: it can be stopped as a whole, Ctrl-C does not reach it, and if
-            # this process dies the kernel wakes it with SIGHUP, which ends it.
+            # A process group of its own: it can be stopped as a whole, and Ctrl-C does not reach it.
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -53,6 +53,7 @@ class WorkerProcess:
                 env=environment,
                 process_group=0,
             )
+        GUARD.protect(self._process.pid)
         self._buffer = b""
         try:
             self._exchange(asdict(options), _LOAD_SECONDS, None)
@@ -76,6 +77,7 @@ class WorkerProcess:
                     stream.close()
         self._signal(signal.SIGKILL)
         self._process.wait()
+        GUARD.release(self._process.pid)
 
     def _exchange(
         self, message: dict[str, Any], seconds: float, on_progress: Callable[[int, int], None] | None

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fallow.bench.environment import PeerError, last_line
+from fallow.bench.guard import GUARD
 from fallow.bench.ours import our_server_command
 from fallow.bench.peers import PEERS
 from fallow.bench.peers.base import Variant
@@ -224,6 +225,7 @@ def running_server(variant: Variant, *, threads: int, max_context: int, scratch:
             cwd=scratch,
             process_group=0,
         )
+    GUARD.protect(process.pid)
     try:
         _wait_until_it_listens(process, port, variant, log)
         yield f"http://127.0.0.1:{port}/v1", process.pid
@@ -235,6 +237,7 @@ def running_server(variant: Variant, *, threads: int, max_context: int, scratch:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        GUARD.release(process.pid)
 
 
 def _wait_until_it_listens(process: subprocess.Popen[bytes], port: int, variant: Variant, log: Path) -> None:
