@@ -104,6 +104,14 @@ void bind_program(nb::module_& m) {
       .def("gather", [](Program& p, int x, int out) { p.add(op::Gather{x, out}); }, "x"_a, "out"_a)
       .def("finish", &Program::finish, "logits"_a)
       .def(
+          "centre",
+          [](Program& p, const Ints& tokens) {
+            const std::vector<int32_t> ids(tokens.data(), tokens.data() + tokens.size());
+            const nb::gil_scoped_release release;
+            p.centre(ids);
+          },
+          "tokens"_a)
+      .def(
           "run",
           [](Program& p, const Ints& tokens, const Ints& row_offsets, const Ints& start_positions, const Table& page_table, const Ints& logit_rows) {
             const Step step = step_of(tokens, row_offsets, start_positions, page_table, logit_rows);

@@ -14,6 +14,10 @@
 
 #include "memory.h"
 
+// A register tile must be one function: its accumulators live in registers from the first product to the epilogue.
+#define FALLOW_INLINE inline __attribute__((always_inline))
+#define FALLOW_NOINLINE __attribute__((noinline))
+
 namespace fallow {
 
 enum class Codes : int { q4 = 4, q8 = 8, bf16 = 16 };

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <numeric>
+#include <set>
 #include <stdexcept>
 
 namespace fallow {
@@ -24,6 +26,8 @@ Overloaded(F...) -> Overloaded<F...>;
 constexpr int few_rows = 4;  // up to here a step is bound by memory
 constexpr size_t next_bytes = 16384;
 constexpr size_t fetch_limit = size_t{8} << 20;  // bytes of a layer's pages that are worth fetching into the shared cache
+
+constexpr int sink_rows = 4;  // the first tokens of a text are unlike all others
 
 constexpr Partial nothing{-std::numeric_limits<float>::infinity(), 0.f};
 
@@ -339,10 +343,78 @@ void Program::execute(const op::Norm& o, int index, int thread) {
 
 void Program::execute(const op::NormQuantise& o, int index, int thread) {
   auto* normed = scratch_[thread].row.as<float>();
+  const int width = buffers_[o.x].width;
+  std::vector<double> sums(means_.empty() ? 0 : width);
   for_rows(index, thread, [&](int r) {
-    kernels_.rms_norm({row(o.x, r), vectors_[o.weight].data(), o.eps, buffers_[o.x].width}, normed);
+    kernels_.rms_norm({row(o.x, r), vectors_[o.weight].data(), o.eps, width}, normed);
+    if (!sums.empty() && r >= sink_rows) {
+      for (int i = 0; i < width; ++i) sums[i] += normed[i];
+    }
+    if (o.centre >= 0) kernels_.add(vectors_[o.centre].data(), normed, width);
     for (const int a : o.out) kernels_.quantise(normed, activations_[a].format, activation_row(a, r), 0, activations_[a].format.groups());
   });
+  if (sums.empty()) return;
+  const std::lock_guard<std::mutex> lock(means_mutex_);
+  means_[index].resize(width);
+  for (int i = 0; i < width; ++i) means_[index][i] += sums[i];
+}
+
+void Program::centre(const std::vector<int32_t>& tokens) {
+  const int n = static_cast<int>(tokens.size());
+  require(n > sink_rows, "centring needs more tokens");
+  std::vector<int32_t> pages((n + page_size - 1) / page_size);
+  std::iota(pages.begin(), pages.end(), 0);
+  const int32_t offsets[2] = {0, n};
+  const int32_t start = 0;
+  const Step step{tokens.data(), n, offsets, &start, 1, pages.data(), static_cast<int>(pages.size()), nullptr, 0};
+  check(step);
+  means_.assign(operations_.size(), {});
+  run(step, nullptr);
+  const auto means = std::move(means_);
+  means_.clear();
+  std::vector<std::pair<op::Linear*, const std::vector<double>*>> linears;
+  for (size_t i = 0; i < operations_.size(); ++i) {
+    auto* norm = std::get_if<op::NormQuantise>(&operations_[i]);
+    if (norm == nullptr || means[i].empty()) continue;
+    const bool rounded = std::all_of(norm->out.begin(), norm->out.end(), [&](int a) {
+      return activations_[a].format.codes == Codes::q8 && !activations_[a].format.asymmetric;
+    });
+    if (!rounded) continue;
+    std::vector<float> negative(means[i].size());
+    std::transform(means[i].begin(), means[i].end(), negative.begin(), [&](double sum) { return static_cast<float>(-sum / (n - sink_rows)); });
+    norm->centre = add_vector(std::move(negative));
+    // The linears that read these activations before anything else is written there.
+    std::set<int> live(norm->out.begin(), norm->out.end());
+    for (size_t j = i + 1; j < operations_.size() && !live.empty(); ++j) {
+      if (const auto* other = std::get_if<op::NormQuantise>(&operations_[j])) {
+        for (const int a : other->out) live.erase(a);
+      }
+      if (const auto* other = std::get_if<op::Quantise>(&operations_[j])) live.erase(other->out);
+      auto* linear = std::get_if<op::Linear>(&operations_[j]);
+      if (linear == nullptr || live.count(linear->activations) == 0) continue;
+      const int bias = add_vector(std::vector<float>(weights_[linear->weights]->tiles * lanes));
+      if (linear->bias >= 0) vectors_[bias] = vectors_[linear->bias];
+      vectors_[bias].resize(static_cast<size_t>(weights_[linear->weights]->tiles + 1) / 2 * 2 * lanes);
+      linear->bias = bias;
+      centred_.push_back({norm->centre, linear->weights, bias});
+    }
+  }
+  pool_.run(
+      [](void* self, int thread) {
+        auto& p = *static_cast<Program*>(self);
+        std::vector<float> row;
+        for (const auto& [centre, weights, bias] : p.centred_) {
+          const PackedLinear& w = *p.weights_[weights];
+          row.resize(w.in_features);
+          for (int r = thread; r < w.tiles * lanes; r += p.pool_.size()) {
+            unpack_row(w, r, row.data());
+            double product = 0;
+            for (int k = 0; k < w.in_features; ++k) product -= static_cast<double>(p.vectors_[centre][k]) * row[k];
+            p.vectors_[bias][r] += static_cast<float>(product);
+          }
+        }
+      },
+      this);
 }
 
 void Program::execute(const op::Quantise& o, int index, int thread) {

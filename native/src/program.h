@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <variant>
 #include <vector>
@@ -29,6 +30,7 @@ struct NormQuantise {  // the same, straight into activations
   int x, weight;
   std::vector<int> out;
   float eps;
+  int centre = -1;  // vector that is added before rounding: minus the mean, which the linears' biases give back
 };
 struct Quantise {
   int x, out;
@@ -89,6 +91,9 @@ class Program {
   void add(Operation operation);
   // Checks every operand of every operation and allocates. Throws std::invalid_argument.
   void finish(int logits_buffer);
+  // Runs the tokens (positions from 0) and centres what is rounded symmetrically to 8 bits: activations lose the mean
+  // that they have there, linears gain its product with their weights. Exact but for rounding, whatever the tokens.
+  void centre(const std::vector<int32_t>& tokens);
 
   // Throws std::invalid_argument where the step does not fit the program or its limits.
   void check(const Step& step) const;
@@ -184,6 +189,13 @@ class Program {
 
   Step step_{};
   SampleArgs* sample_ = nullptr;
+  // Per operation, while centring: sums of the normalised rows.
+  std::vector<std::vector<double>> means_;
+  std::mutex means_mutex_;
+  struct Centred {
+    int centre, weights, bias;
+  };
+  std::vector<Centred> centred_;
   std::vector<int> row_sequence_, row_position_;
   std::vector<AttentionItem> items_, merges_;
   std::vector<int32_t> fetches_;  // pages that the step's queries will read

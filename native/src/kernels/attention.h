@@ -28,7 +28,7 @@ inline Visible visible(const AttentionTask& task, int segment, int row) {
 
 // `next`: two further runs of as many bytes as the keys, fetched from memory while these are computed, or null.
 template <class S, int MR>
-inline void score_page(const uint16_t* const* queries, const uint16_t* keys, int head_pairs, const uint16_t* const (&next)[2], float* scores) {
+FALLOW_INLINE void score_page(const uint16_t* const* queries, const uint16_t* keys, int head_pairs, const uint16_t* const (&next)[2], float* scores) {
   typename S::F acc[MR][2];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) acc[m][0] = acc[m][1] = S::zero();
@@ -88,7 +88,7 @@ inline Partial softmax_segment(float* scores, int begin, int end, Visible see, f
 
 // values[m][NB * 16 of padded_dim] = sum over the pages' pairs. `filled`: tokens of the segment that exist.
 template <class S, int MR, int NB>
-inline void weigh_values(const float* probabilities, const uint16_t* const* pages, int begin, int end, int filled,
+FALLOW_NOINLINE void weigh_values(const float* probabilities, const uint16_t* const* pages, int begin, int end, int filled,
                          int padded_dim, float* values) {
   typename S::F acc[MR][NB];
 #pragma GCC unroll 8
@@ -124,7 +124,7 @@ inline void weigh_values(const float* probabilities, const uint16_t* const* page
 }
 
 template <class S, int MR>
-inline void attend_block(const uint16_t* const* queries, const uint16_t* const* keys, const uint16_t* const* values_at,
+FALLOW_NOINLINE void attend_block(const uint16_t* const* queries, const uint16_t* const* keys, const uint16_t* const* values_at,
                          int begin, int end, int filled, bool first, const Visible* see, float scale, int head_pairs,
                          int padded_dim, Partial* partials, float* values, float* scores) {
   for (int page = begin; page < end; ++page) {

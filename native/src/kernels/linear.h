@@ -51,7 +51,7 @@ inline typename S::F load_scales(const uint8_t* p, int g) {
 }
 
 template <class S, int MR, int NR>
-inline void start_with_pairs(const TileSource& t, typename S::F (&acc)[MR][NR]) {
+FALLOW_INLINE void start_with_pairs(const TileSource& t, typename S::F (&acc)[MR][NR]) {
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 2
@@ -73,14 +73,14 @@ inline void start_with_pairs(const TileSource& t, typename S::F (&acc)[MR][NR]) 
 // CODES: how the codes lie in memory (q4 or q8).
 // A step's part of the tiles that come next.
 template <class S>
-inline void fetch_next(const TileSource& t, int step) {
+FALLOW_INLINE void fetch_next(const TileSource& t, int step) {
   const uint8_t* p = t.next + step * t.fetch;
   for (size_t line = 0; line < t.fetch; line += 64) S::prefetch(p + line);
 }
 
 // FIRST: these are the first rows to read the tiles.
 template <class S, int MR, int NR, Codes CODES, int GROUP, Scales SC, bool FIRST>
-inline void quantised_tile(const TileSource& t, typename S::F (&acc)[MR][NR]) {
+FALLOW_INLINE void quantised_tile(const TileSource& t, typename S::F (&acc)[MR][NR]) {
   using I = typename S::I;
   using F = typename S::F;
   constexpr int quads = GROUP / 4;
@@ -163,7 +163,7 @@ inline void quantised_tile(const TileSource& t, typename S::F (&acc)[MR][NR]) {
 }
 
 template <class S, int MR, int NR, bool FIRST>
-inline void bf16_tile(const TileSource& t, int in_pairs, typename S::F (&acc)[MR][NR]) {
+FALLOW_INLINE void bf16_tile(const TileSource& t, int in_pairs, typename S::F (&acc)[MR][NR]) {
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 2
@@ -186,7 +186,7 @@ inline void bf16_tile(const TileSource& t, int in_pairs, typename S::F (&acc)[MR
 
 // Puts a register tile where it belongs. Column tiles beyond out_features are dropped.
 template <class S, int MR, int NR>
-inline void finish_tile(const LinearTask& task, int row, int tile, typename S::F (&acc)[MR][NR]) {
+FALLOW_INLINE void finish_tile(const LinearTask& task, int row, int tile, typename S::F (&acc)[MR][NR]) {
   using F = typename S::F;
   if (task.bias != nullptr) {
 #pragma GCC unroll 2
@@ -226,7 +226,7 @@ inline void finish_tile(const LinearTask& task, int row, int tile, typename S::F
 }
 
 template <class S, int MR, Codes CODES, int GROUP, Scales SC, bool FIRST>
-inline void compute_tile(const LinearTask& task, TileSource& t, int row, int tile) {
+FALLOW_NOINLINE void compute_tile(const LinearTask& task, TileSource& t, int row, int tile) {
   t.activations = task.activations + static_cast<size_t>(row) * t.stride;
   typename S::F acc[MR][2];
   if constexpr (CODES == Codes::bf16) {

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from fallow import _native
 from fallow.engine.rope import rope_table
 from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize
-from fallow.models.quantize import quantize_q4_1
+from fallow.models.quantize import quantize_q4_1, quantize_q8_0
 from fallow.models.tensors import Checkpoint, RawTensor, TensorType
 
 FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
@@ -26,8 +27,9 @@ FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
 class ProgramBuilder:
     """Packs tensors into a native program and remembers what became of each.
 
-    ``precision``: ``auto`` keeps blocks as they are in the file and rounds floats to bf16, ``q8`` makes 8-bit codes
-    with a scale a row of everything, ``bf16`` rounds everything, ``q4`` makes 4-bit groups of 32 of floats.
+    ``precision``: ``auto`` keeps blocks as they are in the file and rounds floats to bf16; ``q8`` makes 8-bit groups of 32
+    (Q8_0) of everything; ``q4`` makes 4-bit groups of 32 (Q4_1) of floats, and 8-bit ones of the vocabulary's matrices;
+    ``bf16`` rounds everything.
     """
 
     program: _native.Program
@@ -41,11 +43,14 @@ class ProgramBuilder:
             return -1
         return self.program.vector(np.ascontiguousarray(dequantize(tensor).reshape(-1), np.float32))
 
-    def weights(self, names: list[str], *, interleave: bool = False, asymmetric: bool = False) -> int:
+    def weights(
+        self, names: list[str], *, interleave: bool = False, asymmetric: bool = False, vocabulary: bool = False
+    ) -> int:
+        """Packs the tensors one below the other. ``vocabulary``: the embeddings or the head."""
         tensors = [self.checkpoint.tensors[name] for name in names]
-        precision = {"q8": "q8", "bf16": "bf16"}.get(self.precision, "own")
+        precision = "bf16" if self.precision == "bf16" else "own"
         weights = self.program.weights(
-            [self._source(t) for t in tensors],
+            [self._source(t, vocabulary) for t in tensors],
             tensors[0].shape[1],
             interleave=interleave,
             asymmetric=asymmetric,
@@ -61,14 +66,20 @@ class ProgramBuilder:
         kinds = {self._stored(self.checkpoint.tensors[name]) for name in names}
         return self.precision in ("q8", "bf16") or len(kinds) == 1
 
-    def _stored(self, tensor: RawTensor) -> str:
-        return "Q4_1" if self.precision == "q4" and tensor.type in FLOATS else tensor.type.name
+    def _stored(self, tensor: RawTensor, vocabulary: bool = False) -> str:
+        """The storage type that is packed: the file's, or blocks made of its values."""
+        if self.precision == "q8":
+            return "Q8_0"
+        if self.precision == "q4" and tensor.type in FLOATS:
+            return "Q8_0" if vocabulary else "Q4_1"
+        return tensor.type.name
 
-    def _source(self, tensor: RawTensor) -> tuple[str, np.ndarray[tuple[int, int], np.dtype[np.uint8]]]:
-        data = tensor.read()
-        if self._stored(tensor) != tensor.type.name:
-            data = quantize_q4_1(dequantize(tensor))
-        return self._stored(tensor), np.ascontiguousarray(data)
+    def _source(self, tensor: RawTensor, vocabulary: bool) -> tuple[str, npt.NDArray[np.uint8]]:
+        stored = self._stored(tensor, vocabulary)
+        if stored == tensor.type.name:
+            return stored, np.ascontiguousarray(tensor.read())
+        quantise = quantize_q8_0 if stored == "Q8_0" else quantize_q4_1
+        return stored, np.ascontiguousarray(quantise(dequantize(tensor)))
 
 
 class DecoderProgram:
@@ -98,14 +109,14 @@ class DecoderProgram:
     def _build(self) -> None:
         config, program, builder = self._config, self._program, self._builder
         # The head's inputs have one-sided outliers: a midpoint a group costs little there and spares most of the error.
-        table = builder.weights(["embed_tokens"], asymmetric=config.tie_word_embeddings)
+        table = builder.weights(["embed_tokens"], asymmetric=config.tie_word_embeddings, vocabulary=True)
         program.embed(table, self._x, config.embedding_scale)
         for layer in range(config.num_hidden_layers):
             self._attention(layer)
             self._feed_forward(layer)
         last = program.buffer(config.hidden_size)
         program.gather(self._x, last)
-        head = table if config.tie_word_embeddings else builder.weights(["lm_head"], asymmetric=True)
+        head = table if config.tie_word_embeddings else builder.weights(["lm_head"], asymmetric=True, vocabulary=True)
         logits = program.buffer(config.vocab_size)
         norm = builder.vector("norm")
         activations = program.activations_for(head)

@@ -20,6 +20,7 @@ Precision = Literal["auto", "bf16", "q8", "q4"]
 PRECISIONS: tuple[Precision, ...] = ("auto", "bf16", "q8", "q4")
 LOGITS_BYTES = 64 << 20
 SCORED_ROWS = 128
+CENTRING_TOKENS = 256
 
 
 class ModelRunner:
@@ -76,6 +77,7 @@ class ModelRunner:
             )
             builder = ProgramBuilder(self._program, checkpoint, precision)
             layout_of(config)(builder, self.max_context)
+            self._program.centre(_centring_tokens(config.vocab_size, min(max_step_tokens, self.max_context)))
         except FallowError:
             raise
         except (ValueError, MemoryError) as error:
@@ -146,3 +148,8 @@ class ModelRunner:
     def close(self) -> None:
         """Frees the weights and the KV cache; the runner cannot be used afterwards."""
         del self._program
+
+
+def _centring_tokens(vocab_size: int, longest: int) -> npt.NDArray[np.int32]:
+    """Tokens over which activations are centred before they are rounded: always the same, so that bits are too."""
+    return np.random.default_rng(0).integers(0, vocab_size, min(CENTRING_TOKENS, longest)).astype(np.int32)
