@@ -92,13 +92,14 @@ class WorkerProcess:
         deadline = time.monotonic() + seconds
         while True:
             answer = self._line(deadline)
-            if "error" in answer:
-                raise PeerError(f"{self.variant.name}: {answer['error']}")
             if "progress" not in answer:
-                self._signal(signal.SIGSTOP)
-                return answer
+                break
             if on_progress is not None:
                 on_progress(*answer["progress"])
+        self._signal(signal.SIGSTOP)
+        if "error" in answer:
+            raise PeerError(f"{self.variant.name}: {answer['error']}")
+        return answer
 
     def _line(self, deadline: float) -> dict[str, Any]:
         assert self._process.stdout is not None
