@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fallow.bench.replay import Endpoint, complete, replay
+from fallow.bench.servers import Prompts
 from fallow.bench.trace import (
     Arrival,
     ReplayResult,
@@ -26,6 +27,7 @@ from fallow.bench.trace import (
     summary,
 )
 from fallow.errors import FallowError
+from fallow.models.tokenizer import load_tokenizer
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
@@ -220,6 +222,17 @@ def test_a_server_that_says_nothing_does_not_hold_the_replay() -> None:
         asyncio.run(complete(Endpoint(url, "m"), "one", 2))
     (times,) = replay(Endpoint("http://127.0.0.1:9/v1", "m"), [Arrival(0.0, 3, 7)], ["one"], grace_seconds=20)
     assert times.error is not None
+
+
+def test_no_two_prompts_begin_alike_and_every_server_gets_the_same(tiny_checkpoints: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(tiny_checkpoints["llama"])
+    prompts = Prompts(tokenizer)
+    requests = [Arrival(0.0, length, 1) for length in (40, 300_000, 300_000, 300_000, 64)]
+    first = prompts.texts(requests) + prompts.texts(requests)
+    assert len({text[:200] for text in first}) == len(first)
+    assert len(tokenizer.encode(first[0])) == pytest.approx(40, abs=4)
+    prompts.begin_anew()
+    assert prompts.texts(requests) == first[:5]
 
 
 @pytest.mark.parametrize("url", ["ftp://a/v1", "localhost:8000", "http:///v1"])

@@ -37,21 +37,31 @@ _PROMPT_CHARACTERS = 2_000_000
 
 
 class Prompts:
-    """Texts of a number of tokens, each beginning somewhere else, so that no prefix is shared."""
+    """Texts of a number of tokens, each beginning somewhere else, so that no prefix is shared by any two requests.
+
+    One object serves all the replays of one server: the next replay's texts go on where the last one's ended.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids = tokenizer.encode(standard_library_text(_PROMPT_CHARACTERS), add_special_tokens=False)
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Give another server the same texts as the last one."""
+        self._rounds = self._start = 0
 
     def texts(self, requests: Sequence[Arrival]) -> list[str]:
         """A text of about ``context_tokens`` tokens for each request (cut in the middle of words, it can be a few more
         or less)."""
-        found, start = [], 0
+        found = []
         for request in requests:
-            if start + request.context_tokens > len(self._ids):
-                start = (start * 7 + 1) % max(len(self._ids) // 2, 1)
-            found.append(self._tokenizer.decode(self._ids[start : start + request.context_tokens]))
-            start += request.context_tokens
+            if self._start + request.context_tokens > len(self._ids):
+                self._rounds += 1
+                self._start = self._rounds  # a token further on than the last time
+            end = self._start + request.context_tokens
+            found.append(self._tokenizer.decode(self._ids[self._start : end]))
+            self._start = end
         return found
 
 
@@ -69,6 +79,7 @@ def measure_trace(
     """The highest rate that ``endpoint`` bears, every replay on the way, and what the processes under ``pid`` used at
     that rate. Raises ``FallowError`` where the endpoint does not answer."""
     began = time.monotonic()
+    prompts.begin_anew()
     meter = EnergyMeter(pid) if pid is not None else None
     used: dict[float, Measurement] = {}
 

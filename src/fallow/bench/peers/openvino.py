@@ -24,6 +24,7 @@ class OpenVino:
             "optimum-intel[openvino]==2.2.0",
             "openvino==2026.4.1",
             "openvino-genai==2026.4.1.0",
+            "accelerate",
             "gguf",
         ),
         uninstall=("torchvision",),  # a build that may not fit this torch, and breaks the import then

@@ -14,7 +14,7 @@ class Transformers:
     """A forward pass a step; no server."""
 
     name = "transformers"
-    requirements = Requirements(("torch==2.13.0", "transformers==5.23.0", "gguf"))
+    requirements = Requirements(("torch==2.13.0", "transformers==5.23.0", "accelerate", "gguf"))
 
     def variants(self, model: Path, python: Path, progress: Progress | None) -> list[Variant]:
         folder = as_hf_folder(model, python, progress)

