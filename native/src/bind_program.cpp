@@ -42,7 +42,7 @@ nb::dict describe(const PackedLinear& w) {
   d["group"] = w.group;
   d["scales"] = w.scales == Scales::none ? "none" : (w.scales == Scales::row ? "row" : (w.scales == Scales::f16 ? "f16" : "f32"));
   d["pairs"] = static_cast<int>(w.pairs_kind);
-  d["bytes"] = w.bytes();
+  d["bytes"] = w.bytes;
   d["out_features"] = w.out_features;
   d["in_features"] = w.in_features;
   return d;

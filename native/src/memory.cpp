@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <new>
 
 namespace fallow {
@@ -19,6 +20,18 @@ Memory::Memory(size_t bytes) : bytes_(bytes) {
 
 Memory::~Memory() {
   if (data_ != nullptr) munmap(data_, bytes_);
+}
+
+uint8_t* Arena::take(size_t bytes) {
+  constexpr size_t block_bytes = size_t{256} << 20;  // of addresses: only what is written takes memory
+  bytes = (bytes + 63) / 64 * 64;
+  if (blocks_.empty() || blocks_.back().size() - used_ < bytes) {
+    blocks_.emplace_back(std::max(bytes, block_bytes));
+    used_ = 0;
+  }
+  uint8_t* p = blocks_.back().data() + used_;
+  used_ += bytes;
+  return p;
 }
 
 }  // namespace fallow

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 namespace fallow {
 
@@ -28,6 +29,16 @@ class Memory {
  private:
   uint8_t* data_ = nullptr;
   size_t bytes_ = 0;
+};
+
+// Memory for things that stay as long as the arena, side by side, so that large pages serve small things too.
+class Arena {
+ public:
+  uint8_t* take(size_t bytes);  // 64-byte aligned, zeroed; throws std::bad_alloc
+
+ private:
+  std::vector<Memory> blocks_;
+  size_t used_ = 0;  // of the last block
 };
 
 }  // namespace fallow

@@ -252,7 +252,9 @@ PackedLinear layout(const Storage& s, int rows, int in_features, const PackOptio
   w.pairs_at = w.scales_at + align64(scale_bytes);
   w.tile_bytes = w.pairs_at + static_cast<size_t>(w.pairs) * lanes * 4;
   // Kernels read two tiles at a time: an odd count gets one more, all zero.
-  w.memory = Memory(static_cast<size_t>(w.tiles + w.tiles % 2) * w.tile_bytes);
+  w.bytes = static_cast<size_t>(w.tiles + w.tiles % 2) * w.tile_bytes;
+  w.memory = Memory(w.bytes);
+  w.data = w.memory.data();
   return w;
 }
 
@@ -317,6 +319,13 @@ PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features,
     base += source.rows;
   }
   return w;
+}
+
+void PackedLinear::move_to(Arena& arena) {
+  uint8_t* place = arena.take(bytes);
+  std::memcpy(place, data, bytes);
+  data = place;
+  memory = Memory();
 }
 
 void unpack_row(const PackedLinear& w, int row, float* out) {

@@ -51,11 +51,13 @@ struct PackedLinear {
   Pairs pairs_kind = Pairs::none;
   int pairs = 0;  // bfloat16 pairs a row
   size_t scales_at = 0, pairs_at = 0, tile_bytes = 0;  // offsets within a tile
-  Memory memory;
+  Memory memory;             // its own, until it is moved to an arena
+  uint8_t* data = nullptr;   // all tiles, an even number of them
+  size_t bytes = 0;
 
-  uint8_t* tile(int t) const { return memory.data() + static_cast<size_t>(t) * tile_bytes; }
+  uint8_t* tile(int t) const { return data + static_cast<size_t>(t) * tile_bytes; }
+  void move_to(Arena& arena);
   int zero() const { return codes == Codes::q4 ? 8 : 128; }
-  size_t bytes() const { return memory.size(); }
 };
 
 // One source of rows: `data` holds `rows` rows of a storage type in GGUF's block format ("F32", "Q4_1", ...).

@@ -23,10 +23,9 @@ struct Overloaded : F... {
 template <class... F>
 Overloaded(F...) -> Overloaded<F...>;
 
-constexpr int few_rows = 4;  // up to here a step is bound by memory
 constexpr size_t next_bytes = 16384;
-constexpr size_t fetch_limit = size_t{8} << 20;  // bytes of a layer's pages that are worth fetching into the shared cache
 
+constexpr int column_rows = 64;  // beyond, rows lie too far apart to be walked down a column
 constexpr int sink_rows = 4;  // the first tokens of a text are unlike all others
 
 constexpr Partial nothing{-std::numeric_limits<float>::infinity(), 0.f};
@@ -60,6 +59,7 @@ int Program::add_activations(const ActivationFormat& format) {
 }
 
 int Program::add_weights(PackedLinear weights) {
+  weights.move_to(arena_);
   weights_.push_back(std::make_unique<PackedLinear>(std::move(weights)));
   return static_cast<int>(weights_.size()) - 1;
 }
@@ -75,7 +75,7 @@ void Program::add(Operation operation) { operations_.push_back(std::move(operati
 
 size_t Program::weight_bytes() const {
   size_t total = 0;
-  for (const auto& w : weights_) total += w->bytes();
+  for (const auto& w : weights_) total += w->bytes;
   return total;
 }
 
@@ -186,24 +186,6 @@ void Program::finish(int logits_buffer) {
     next_linear_[i] = next;
     if (const auto* o = std::get_if<op::Linear>(&operations_[i])) next = o->weights;
   }
-  // Keys and values are fetched during the largest linear before their attention.
-  fetch_layer_.assign(operations_.size(), -1);
-  int largest = -1;
-  int64_t most = 0;
-  for (size_t i = 0; i < operations_.size(); ++i) {
-    if (const auto* o = std::get_if<op::Linear>(&operations_[i])) {
-      const int64_t size = int64_t{weights_[o->weights]->out_features} * weights_[o->weights]->in_features;
-      if (size > most) {
-        most = size;
-        largest = static_cast<int>(i);
-      }
-    }
-    if (const auto* o = std::get_if<op::Attention>(&operations_[i])) {
-      if (largest >= 0) fetch_layer_[largest] = o->layer;
-      largest = -1;
-      most = 0;
-    }
-  }
   next_ = std::make_unique<std::atomic<int>[]>(operations_.size() + 1);
 }
 
@@ -249,13 +231,6 @@ void Program::run(const Step& step, SampleArgs* sample) {
     }
   }
   plan_attention(step);
-  fetches_.clear();
-  for (int s = 0; s < step.num_sequences; ++s) {
-    const int pages = (step.start_positions[s] + page_size - 1) / page_size;
-    const int32_t* table = step.page_table + static_cast<size_t>(s) * step.table_width;
-    fetches_.insert(fetches_.end(), table, table + pages);
-  }
-  if (fetches_.size() * layout_.page_bytes() > fetch_limit) fetches_.clear();
   for (size_t i = 0; i <= operations_.size(); ++i) next_[i].store(0, std::memory_order_relaxed);
   pool_.run([](void* self, int thread) { static_cast<Program*>(self)->execute(thread); }, this);
 }
@@ -418,8 +393,12 @@ void Program::centre(const std::vector<int32_t>& tokens) {
 }
 
 void Program::execute(const op::Quantise& o, int index, int thread) {
-  // By columns, as the linear before wrote them: what a thread reads is in its own cache.
   const ActivationFormat& f = activations_[o.out].format;
+  if (rows(index) > column_rows) {
+    for_rows(index, thread, [&](int r) { kernels_.quantise(row(o.x, r), f, activation_row(o.out, r), 0, f.groups()); });
+    return;
+  }
+  // By columns, as the linear before wrote them: what a thread reads is in its own cache.
   const int64_t threads = pool_.size();
   const int begin = static_cast<int>(f.groups() * int64_t{thread} / threads);
   const int end = static_cast<int>(f.groups() * (int64_t{thread} + 1) / threads);
@@ -441,34 +420,14 @@ void Program::execute(const op::Linear& o, int index, int thread) {
   const auto share = [&](const PackedLinear& m, int t) { return 2 * static_cast<int>((m.tiles + 1) / 2 * int64_t{t} / pool_.size()); };
   const int begin = share(w, thread);
   const int end = share(w, thread + 1);
-  if (fetch_layer_[index] < 0 || task.rows <= few_rows || fetches_.empty()) {
-    kernels_.linear(task, begin, end, scratch);
-  } else {
-    // Bound by arithmetic: the memory is free to bring the keys and values of the next attention.
-    for (int tile = begin; tile < end; tile += 2) {
-      kernels_.linear(task, tile, tile + 2, scratch);
-      fetch_pages(fetch_layer_[index], thread, tile - begin, end - begin);
-    }
-  }
+  kernels_.linear(task, begin, end, scratch);
   // While the others finish, the start of this thread's next weights comes.
   const int next = next_linear_[index];
   if (next < 0) return;
   const PackedLinear& after = *weights_[next];
   const uint8_t* p = after.tile(share(after, thread));
-  const uint8_t* last = after.memory.data() + after.memory.size();
+  const uint8_t* last = after.data + after.bytes;
   for (size_t line = 0; line < next_bytes && p + line < last; line += 64) __builtin_prefetch(p + line, 0, 2);
-}
-
-// Tiles [done, done + 2) of `all` are computed: as large a part of the thread's share of the pages is fetched.
-void Program::fetch_pages(int layer, int thread, int done, int all) const {
-  const size_t lines_a_page = layout_.page_bytes() / 64;
-  const size_t lines = fetches_.size() * lines_a_page;
-  const size_t threads = pool_.size();
-  const size_t base = lines * thread / threads;
-  const size_t share = lines * (thread + 1) / threads - base;
-  for (size_t line = base + share * done / all; line < base + share * (done + 2) / all; ++line) {
-    __builtin_prefetch(page(layer, fetches_[line / lines_a_page]) + line % lines_a_page * 64, 0, 2);
-  }
 }
 
 void Program::execute(const op::Rope& o, int index, int thread) {

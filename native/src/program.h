@@ -145,7 +145,6 @@ class Program {
   void execute(const op::Gate&, int index, int thread);
   void execute(const op::Gather&, int index, int thread);
 
-  void fetch_pages(int layer, int thread, int done, int all) const;
   void attend(const op::Attention&, const AttentionItem&, ThreadScratch&);
   void attend_segment(const op::Attention&, const AttentionItem&, ThreadScratch&);
   void merge_segments(const op::Attention&, const AttentionItem&, ThreadScratch&);
@@ -176,11 +175,11 @@ class Program {
   ThreadPool pool_;
   std::vector<Buffer> buffers_;
   std::vector<Activations> activations_;
+  Arena arena_;
   std::vector<std::unique_ptr<PackedLinear>> weights_;
   std::vector<std::vector<float>> vectors_;
   std::vector<Operation> operations_;
   std::vector<int> row_kind_;  // of each operation: 0 tokens, 1 logit rows
-  std::vector<int> fetch_layer_;  // of each operation: the layer whose pages are fetched meanwhile, or -1
   std::vector<int> next_linear_;  // of each operation: the weights of the linear after it, or -1
   int logits_ = -1;
   Memory pool_memory_;
@@ -198,7 +197,6 @@ class Program {
   std::vector<Centred> centred_;
   std::vector<int> row_sequence_, row_position_;
   std::vector<AttentionItem> items_, merges_;
-  std::vector<int32_t> fetches_;  // pages that the step's queries will read
   std::vector<Partial> split_partials_;
   Memory split_values_;
   std::unique_ptr<std::atomic<int>[]> next_;
