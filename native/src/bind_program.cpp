@@ -40,7 +40,7 @@ nb::dict describe(const PackedLinear& w) {
   nb::dict d;
   d["codes"] = w.codes == Codes::bf16 ? "bf16" : (w.codes == Codes::q4 ? "q4" : "q8");
   d["group"] = w.group;
-  d["scales"] = w.scales == Scales::none ? "none" : (w.scales == Scales::row ? "row" : (w.scales == Scales::f16 ? "f16" : "f32"));
+  d["scales"] = w.scales == Scales::none ? "none" : (w.scales == Scales::f16 ? "f16" : "f32");
   d["pairs"] = static_cast<int>(w.pairs_kind);
   d["bytes"] = w.bytes;
   d["out_features"] = w.out_features;

@@ -163,17 +163,24 @@ void decode_row(const Storage& s, const uint8_t* p, int n, CodedRow& coded, std:
   }
 }
 
-// 8-bit codes with one scale for the row; the largest magnitude becomes 127.
+// 8-bit codes that span each group from its smallest to its largest value.
 void code_row_q8(const std::vector<float>& values, int group, CodedRow& row) {
   const int n = static_cast<int>(values.size());
-  float peak = 0.f;
-  for (const float v : values) peak = std::max(peak, std::fabs(v));
-  const float scale = peak / 127.f;
-  const float inverse = scale > 0.f ? 1.f / scale : 0.f;
   row.codes.resize(n);
-  for (int i = 0; i < n; ++i) row.codes[i] = static_cast<uint8_t>(std::lrint(values[i] * inverse) + 128);
-  row.scales.assign(n / group, scale);
-  row.offsets.assign(n / group, 0.f);
+  row.scales.resize(n / group);
+  row.offsets.resize(n / group);
+  for (int g = 0; g < n / group; ++g) {
+    const float* v = values.data() + g * group;
+    const auto [low, high] = std::minmax_element(v, v + group);
+    const float scale = (*high - *low) / 255.f;
+    const float inverse = scale > 0.f ? 1.f / scale : 0.f;
+    for (int i = 0; i < group; ++i) {
+      const float code = (v[i] - *low) * inverse;
+      row.codes[g * group + i] = static_cast<uint8_t>(code > 0.f ? std::min(code, 255.f) + 0.5f : 0.f);
+    }
+    row.scales[g] = scale;
+    row.offsets[g] = *low + 128.f * scale;
+  }
 }
 
 size_t align64(size_t n) { return (n + 63) / 64 * 64; }
@@ -204,9 +211,7 @@ void put_row(const PackedLinear& w, uint8_t* tile, int lane, const CodedRow& row
     if (w.pairs_kind == Pairs::sums || w.pairs_kind == Pairs::both) {
       int total = 0;
       for (int i = 0; i < w.group; ++i) total += row.codes[g * w.group + i] - w.zero();
-      // With one scale a row the kernel applies it at the end, to the pairs too.
-      const float scale = w.scales == Scales::row ? 1.f : row.scales[g];
-      sum = scale * static_cast<float>(total) + row.offsets[g] * static_cast<float>(w.group);
+      sum = row.scales[g] * static_cast<float>(total) + row.offsets[g] * static_cast<float>(w.group);
     }
     if (w.pairs_kind == Pairs::offsets) pair_slot(w, tile, g / 2, lane)[g % 2] = float_to_bf16(row.offsets[g]);
     if (w.pairs_kind == Pairs::sums || w.pairs_kind == Pairs::both) {
@@ -216,7 +221,6 @@ void put_row(const PackedLinear& w, uint8_t* tile, int lane, const CodedRow& row
     }
     if (w.pairs_kind == Pairs::both) pair_slot(w, tile, 2 * g + 1, lane)[0] = float_to_bf16(row.offsets[g]);
   }
-  if (w.scales == Scales::row) reinterpret_cast<float*>(tile + w.scales_at)[lane] = row.scales.empty() ? 0.f : row.scales[0];
 }
 
 // The float16 scales are kept as they are in the file: the bits are copied, not converted back.
@@ -238,17 +242,15 @@ PackedLinear layout(const Storage& s, int rows, int in_features, const PackOptio
   } else {
     w.group = q8 ? 32 : s.group;
     w.groups = in_features / w.group;
-    w.scales = q8 ? Scales::row : s.scales;
-    const bool offsets = !q8 && s.offsets;
+    w.scales = q8 ? Scales::f32 : s.scales;
+    const bool offsets = q8 || s.offsets;
     w.pairs_kind = offsets ? (options.asymmetric ? Pairs::both : Pairs::offsets)
                            : (options.asymmetric ? Pairs::sums : Pairs::none);
     w.pairs = pair_count(w.pairs_kind, w.groups);
     codes_bytes = static_cast<size_t>(in_features) * lanes * static_cast<int>(w.codes) / 8;
   }
   w.scales_at = align64(codes_bytes);
-  const size_t scale_bytes = w.scales == Scales::none  ? 0
-                             : w.scales == Scales::row ? lanes * sizeof(float)
-                                                       : static_cast<size_t>(w.groups) * lanes * (w.scales == Scales::f16 ? 2 : 4);
+  const size_t scale_bytes = static_cast<size_t>(w.groups) * lanes * (w.scales == Scales::f16 ? 2 : 4);
   w.pairs_at = w.scales_at + align64(scale_bytes);
   w.tile_bytes = w.pairs_at + static_cast<size_t>(w.pairs) * lanes * 4;
   // Kernels read two tiles at a time: an odd count gets one more, all zero.
@@ -306,7 +308,7 @@ PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features,
           out[(static_cast<size_t>(k / 2) * lanes + lane) * 2 + k % 2] =
               from.name == std::string("BF16") ? read16(p + 2 * static_cast<size_t>(k)) : float_to_bf16(values[k]);
         }
-      } else if (w.scales == Scales::row) {
+      } else if (options.precision == "q8") {
         decode_row(from, p, in_features, coded, values);
         code_row_q8(values, w.group, coded);
         put_row(w, tile, lane, coded);
@@ -339,9 +341,8 @@ void unpack_row(const PackedLinear& w, int row, float* out) {
   for (int g = 0; g < w.groups; ++g) {
     const size_t at = static_cast<size_t>(g) * lanes + lane;
     const uint8_t* scales = tile + w.scales_at;
-    const float scale = w.scales == Scales::row   ? reinterpret_cast<const float*>(scales)[lane]
-                        : w.scales == Scales::f16 ? f16_to_float(reinterpret_cast<const uint16_t*>(scales)[at])
-                                                  : reinterpret_cast<const float*>(scales)[at];
+    const float scale = w.scales == Scales::f16 ? f16_to_float(reinterpret_cast<const uint16_t*>(scales)[at])
+                                                : reinterpret_cast<const float*>(scales)[at];
     const auto* pairs = reinterpret_cast<const uint16_t*>(tile + w.pairs_at);
     float offset = 0.f;
     if (w.pairs_kind == Pairs::offsets) offset = bf16_to_float(pairs[(static_cast<size_t>(g / 2) * lanes + lane) * 2 + g % 2]);

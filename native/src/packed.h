@@ -4,7 +4,7 @@
 //   codes   4-bit: [group][4][16 rows][4 bytes]; byte b of quad j holds code 4j+b low, 16+4j+b high (group of 32)
 //           8-bit: [group][group/4][16 rows][4 codes]
 //           bf16:  [in_features/2][16 rows][2]
-//   scales  [group][16 rows] float16 or float32, or one float32 a row
+//   scales  [group][16 rows] float16 or float32
 //   pairs   [pair][16 rows][2] bfloat16: what is multiplied with a token's own pairs (activations.h)
 // A code c of a group stands for scale * (c - zero) + offset, zero being 8 for 4-bit and 128 for 8-bit codes.
 #pragma once
@@ -21,7 +21,7 @@
 namespace fallow {
 
 enum class Codes : int { q4 = 4, q8 = 8, bf16 = 16 };
-enum class Scales : int { none = 0, f16 = 1, f32 = 2, row = 3 };
+enum class Scales : int { none = 0, f16 = 1, f32 = 2 };
 // What the pairs of a quantised matrix carry:
 //   offsets: pair p holds the offsets of groups 2p and 2p + 1
 //   sums:    pair g holds the sum of the weights of group g, as a bfloat16 and what that leaves
@@ -71,7 +71,7 @@ struct RowSource {
 struct PackOptions {
   bool interleave = false;  // two sources of equal height: tile 2i of the first, tile 2i+1 of the second
   bool asymmetric = false;  // activations will carry a midpoint a group: keep the sums of the weights
-  std::string precision;    // "own", or "q8": 8-bit codes with one scale a row, or "bf16"
+  std::string precision;    // "own", or "q8": 8-bit codes in groups of 32, or "bf16"
 };
 
 // Packs the sources, one below the other. Throws std::invalid_argument on a type, shape or size that does not fit.

@@ -14,7 +14,7 @@ _Sampled = tuple[_Ints, _Floats, _Ints, _Floats]
 class PackedForm(TypedDict):
     codes: str  # "q4", "q8" or "bf16"
     group: int
-    scales: str  # "none", "row", "f16" or "f32"
+    scales: str  # "none", "f16" or "f32"
     pairs: int
     bytes: int
     out_features: int

@@ -133,31 +133,14 @@ FALLOW_INLINE void quantised_tile(const TileSource& t, typename S::F (&acc)[MR][
       }
     }
     const auto* scale = reinterpret_cast<const float*>(t.activations + t.scales_at) + g;
-    if constexpr (SC == Scales::row) {
+    F ws[NR];
+#pragma GCC unroll 2
+    for (int n = 0; n < NR; ++n) ws[n] = load_scales<S, SC>(t.scales[n], g);
 #pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) {
-        const F s = S::set1(*reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(scale) + m * t.stride));
+    for (int m = 0; m < MR; ++m) {
+      const F s = S::set1(*reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(scale) + m * t.stride));
 #pragma GCC unroll 2
-        for (int n = 0; n < NR; ++n) acc[m][n] = S::fma(S::to_float(sum[m][n]), s, acc[m][n]);
-      }
-    } else {
-      F ws[NR];
-#pragma GCC unroll 2
-      for (int n = 0; n < NR; ++n) ws[n] = load_scales<S, SC>(t.scales[n], g);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) {
-        const F s = S::set1(*reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(scale) + m * t.stride));
-#pragma GCC unroll 2
-        for (int n = 0; n < NR; ++n) acc[m][n] = S::fma(S::to_float(sum[m][n]), S::mul(ws[n], s), acc[m][n]);
-      }
-    }
-  }
-  if constexpr (SC == Scales::row) {
-#pragma GCC unroll 2
-    for (int n = 0; n < NR; ++n) {
-      const F ws = S::load(reinterpret_cast<const float*>(t.scales[n]));
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) acc[m][n] = S::mul(acc[m][n], ws);
+      for (int n = 0; n < NR; ++n) acc[m][n] = S::fma(S::to_float(sum[m][n]), S::mul(ws[n], s), acc[m][n]);
     }
   }
 }
@@ -306,7 +289,6 @@ void linear(const LinearTask& task, int begin, int end, uint8_t* scratch) {
     if (w.scales == Scales::f16) return linear_tiles<S, Codes::q4, 32, Scales::f16>(task, begin, end, scratch);
     return linear_tiles<S, Codes::q4, 32, Scales::f32>(task, begin, end, scratch);
   }
-  if (w.scales == Scales::row) return linear_tiles<S, Codes::q8, 32, Scales::row>(task, begin, end, scratch);
   if (w.group == 16) return linear_tiles<S, Codes::q8, 16, Scales::f32>(task, begin, end, scratch);
   if (w.scales == Scales::f16) return linear_tiles<S, Codes::q8, 32, Scales::f16>(task, begin, end, scratch);
   return linear_tiles<S, Codes::q8, 32, Scales::f32>(task, begin, end, scratch);

@@ -27,9 +27,9 @@ FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
 class ProgramBuilder:
     """Packs tensors into a native program and remembers what became of each.
 
-    ``precision``: ``auto`` keeps blocks as they are in the file and rounds floats to bf16; ``q8`` makes 8-bit groups of 32
-    (Q8_0) of everything; ``q4`` makes 4-bit groups of 32 (Q4_1) of floats, and 8-bit ones of the vocabulary's matrices;
-    ``bf16`` rounds everything.
+    ``precision``: ``auto`` keeps blocks as they are in the file and rounds floats to bf16; ``q8`` makes 8-bit groups of
+    32, from the smallest to the largest value, of all but Q8_0; ``q4`` makes 4-bit groups of 32 (Q4_1) of floats, and
+    8-bit ones (Q8_0) of the vocabulary's matrices; ``bf16`` rounds everything.
     """
 
     program: _native.Program
@@ -48,7 +48,7 @@ class ProgramBuilder:
     ) -> int:
         """Packs the tensors one below the other. ``vocabulary``: the embeddings or the head."""
         tensors = [self.checkpoint.tensors[name] for name in names]
-        precision = "bf16" if self.precision == "bf16" else "own"
+        (precision,) = {self._kind(t, vocabulary)[1] for t in tensors}
         weights = self.program.weights(
             [self._source(t, vocabulary) for t in tensors],
             tensors[0].shape[1],
@@ -63,21 +63,22 @@ class ProgramBuilder:
 
     def packs_together(self, names: list[str]) -> bool:
         """Whether tensors may share one packed matrix: stored alike, or all converted to the same."""
-        kinds = {self._stored(self.checkpoint.tensors[name]) for name in names}
-        return self.precision in ("q8", "bf16") or len(kinds) == 1
+        return len({self._kind(self.checkpoint.tensors[name], False) for name in names}) == 1
 
-    def _stored(self, tensor: RawTensor, vocabulary: bool = False) -> str:
-        """The storage type that is packed: the file's, or blocks made of its values."""
-        if self.precision == "q8":
-            return "Q8_0"
+    def _kind(self, tensor: RawTensor, vocabulary: bool) -> tuple[str, str]:
+        """The storage type that is packed, the file's or blocks made of its floats, and the native precision for it."""
+        if self.precision == "bf16":
+            return "any", "bf16"
+        if self.precision == "q8" and tensor.type is not TensorType.Q8_0:
+            return "any", "q8"
         if self.precision == "q4" and tensor.type in FLOATS:
-            return "Q8_0" if vocabulary else "Q4_1"
-        return tensor.type.name
+            return ("Q8_0" if vocabulary else "Q4_1"), "own"
+        return tensor.type.name, "own"
 
     def _source(self, tensor: RawTensor, vocabulary: bool) -> tuple[str, npt.NDArray[np.uint8]]:
-        stored = self._stored(tensor, vocabulary)
-        if stored == tensor.type.name:
-            return stored, np.ascontiguousarray(tensor.read())
+        stored, _ = self._kind(tensor, vocabulary)
+        if stored in ("any", tensor.type.name):
+            return tensor.type.name, np.ascontiguousarray(tensor.read())
         quantise = quantize_q8_0 if stored == "Q8_0" else quantize_q4_1
         return stored, np.ascontiguousarray(quantise(dequantize(tensor)))
 
