@@ -55,8 +55,10 @@ def test_scores_are_the_log_softmax_of_the_logits(tiny_checkpoints: dict[str, Pa
     tokens = np.random.default_rng(2).integers(0, 320, 150)
     runner = ModelRunner(open_checkpoint(tiny_checkpoints["llama"]), num_pages=16, threads=2)
     logits = runner.logits(tokens).astype(np.float64)
-    log_softmax = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)) - logits.max(
-        1, keepdims=True
+    log_softmax = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
     )
     expected = log_softmax[np.arange(149), tokens[1:]]
     np.testing.assert_allclose(runner.score(tokens), expected, atol=1e-5)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from fallow.cli.options import DEFAULT_MODEL, Json, Model, Precision, Threads
+from fallow.cli.options import DEFAULT_MODEL, Json, Model, Threads
 
 
 def bench(model: Model = DEFAULT_MODEL, threads: Threads = None, json: Json = False) -> None:
