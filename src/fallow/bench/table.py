@@ -56,9 +56,10 @@ def _heading(result: BenchResult) -> Text:
 
 
 def _footnote(result: BenchResult) -> str:
+    texts = dict.fromkeys(f" Perplexity of {q.text}, {q.tokens:,} tokens." for q in result.quality)
     return (
         f"Tokens per second over the whole batch. $ at {result.usd_per_hour:.4g} an hour ({result.price_source}). "
-        f"Energy: {result.energy_method}."
+        f"Energy: {result.energy_method}." + "".join(texts)
     )
 
 

@@ -1,0 +1,55 @@
+"""``fallow bench`` from the command line: its table, its JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+CONTRACT = {"engine", "precision", "load", "batch", "context", "tokens_per_s", "ttft_s", "peak_memory_bytes"}
+
+
+def test_json_has_the_runs_of_each_precision(fallow, tiny_checkpoints: dict[str, Path]):
+    model = str(tiny_checkpoints["llama"])
+    done = fallow("bench", model, "--quick", "--precision", "auto", "--precision", "q8", "--price", "3.6", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    runs = {(run["precision"], run["load"], run["batch"]) for run in result["runs"]}
+    assert runs == {(precision, "decode", batch) for precision in ("auto", "q8") for batch in (1, 8)}
+    assert all(run.keys() >= CONTRACT for run in result["runs"])
+    assert all(
+        run["usd_per_million_output_tokens"] == pytest.approx(1000 / run["tokens_per_s"]) for run in result["runs"]
+    )
+
+
+def test_the_table_has_the_perplexity_of_a_text(fallow, tiny_checkpoints: dict[str, Path], tmp_path: Path):
+    text = tmp_path / "fields.txt"
+    text.write_text("A field that lies fallow rests for a season. " * 40)
+    options = ("--quick", "--precision", "auto", "--text", str(text), "--quality-tokens", "64")
+    done = fallow("bench", str(tiny_checkpoints["llama"]), *options)
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stdout
+    assert "fallow auto" in done.stdout
+    assert "fields.txt" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "named"),
+    [
+        (["--trace-only"], 2, "--trace"),
+        (["--endpoint", "http://127.0.0.1:1/v1"], 2, "--trace"),
+        (["--repetitions", "0"], 2, "--repetitions"),
+        (["--trace", "nowhere.csv"], 1, "nowhere.csv"),
+        (["--quick", "--peer", "abacus"], 1, "abacus"),
+        (["--quick", "--precision", "q1"], 1, "q1"),
+        (["--quick", "--text", "nowhere.txt"], 1, "nowhere.txt"),
+        (["--quick", "--price", "nan"], 2, "--price"),
+    ],
+)
+def test_what_it_refuses(fallow, tiny_checkpoints: dict[str, Path], options: list[str], code: int, named: str):
+    done = fallow("bench", str(tiny_checkpoints["llama"]), *options)
+    assert done.returncode == code
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
