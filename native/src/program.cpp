@@ -1,6 +1,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -27,6 +28,7 @@ constexpr size_t next_bytes = 16384;
 
 constexpr int column_rows = 64;  // beyond, rows lie too far apart to be walked down a column
 constexpr int sink_rows = 4;  // the first tokens of a text are unlike all others
+constexpr double fixed_point = 1 << 24;  // of sums that must not depend on the order in which threads add to them
 
 constexpr Partial nothing{-std::numeric_limits<float>::infinity(), 0.f};
 
@@ -319,44 +321,52 @@ void Program::execute(const op::Norm& o, int index, int thread) {
 void Program::execute(const op::NormQuantise& o, int index, int thread) {
   auto* normed = scratch_[thread].row.as<float>();
   const int width = buffers_[o.x].width;
-  std::vector<double> sums(means_.empty() ? 0 : width);
+  std::vector<int64_t> sums(totals_.empty() ? 0 : width);
   for_rows(index, thread, [&](int r) {
     kernels_.rms_norm({row(o.x, r), vectors_[o.weight].data(), o.eps, width}, normed);
-    if (!sums.empty() && r >= sink_rows) {
-      for (int i = 0; i < width; ++i) sums[i] += normed[i];
+    if (!sums.empty() && row_position_[r] >= sink_rows) {
+      for (int i = 0; i < width; ++i) sums[i] += std::llround(normed[i] * fixed_point);
     }
     if (o.centre >= 0) kernels_.add(vectors_[o.centre].data(), normed, width);
     for (const int a : o.out) kernels_.quantise(normed, activations_[a].format, activation_row(a, r), 0, activations_[a].format.groups());
   });
   if (sums.empty()) return;
-  const std::lock_guard<std::mutex> lock(means_mutex_);
-  means_[index].resize(width);
-  for (int i = 0; i < width; ++i) means_[index][i] += sums[i];
+  const std::lock_guard<std::mutex> lock(totals_mutex_);
+  totals_[index].resize(width);
+  for (int i = 0; i < width; ++i) totals_[index][i] += sums[i];
 }
 
 void Program::centre(const std::vector<int32_t>& tokens) {
   const int n = static_cast<int>(tokens.size());
-  require(n > sink_rows, "centring needs more tokens");
-  std::vector<int32_t> pages((n + page_size - 1) / page_size);
-  std::iota(pages.begin(), pages.end(), 0);
-  const int32_t offsets[2] = {0, n};
-  const int32_t start = 0;
-  const Step step{tokens.data(), n, offsets, &start, 1, pages.data(), static_cast<int>(pages.size()), nullptr, 0};
-  check(step);
-  means_.assign(operations_.size(), {});
-  run(step, nullptr);
-  const auto means = std::move(means_);
-  means_.clear();
-  std::vector<std::pair<op::Linear*, const std::vector<double>*>> linears;
+  const int length = std::min(page_size, limits_.max_positions);
+  const int sequences = n / length;
+  require(n > 0 && n % length == 0, "centring needs whole sequences");
+  if (length <= sink_rows) return;
+  totals_.assign(operations_.size(), {});
+  // One page at a time and as many rows as a step may have: what is found must not depend on the limits.
+  for (int s = 0; s < sequences; ++s) {
+    for (int begin = 0, count = 0; begin < length; begin += count) {
+      count = std::min(length - begin, limits_.max_tokens);
+      const int32_t page = 0;
+      const int32_t offsets[2] = {0, count};
+      const Step step{tokens.data() + s * length + begin, count, offsets, &begin, 1, &page, 1, nullptr, 0};
+      check(step);
+      run(step, nullptr);
+    }
+  }
+  const auto totals = std::move(totals_);
+  totals_.clear();
   for (size_t i = 0; i < operations_.size(); ++i) {
     auto* norm = std::get_if<op::NormQuantise>(&operations_[i]);
-    if (norm == nullptr || means[i].empty()) continue;
+    if (norm == nullptr || totals[i].empty()) continue;
     const bool rounded = std::all_of(norm->out.begin(), norm->out.end(), [&](int a) {
       return activations_[a].format.codes == Codes::q8 && !activations_[a].format.asymmetric;
     });
     if (!rounded) continue;
-    std::vector<float> negative(means[i].size());
-    std::transform(means[i].begin(), means[i].end(), negative.begin(), [&](double sum) { return static_cast<float>(-sum / (n - sink_rows)); });
+    std::vector<float> negative(totals[i].size());
+    std::transform(totals[i].begin(), totals[i].end(), negative.begin(), [&](int64_t total) {
+      return static_cast<float>(-static_cast<double>(total) / fixed_point / (sequences * (length - sink_rows)));
+    });
     norm->centre = add_vector(std::move(negative));
     // The linears that read these activations before anything else is written there.
     std::set<int> live(norm->out.begin(), norm->out.end());

@@ -91,8 +91,9 @@ class Program {
   void add(Operation operation);
   // Checks every operand of every operation and allocates. Throws std::invalid_argument.
   void finish(int logits_buffer);
-  // Runs the tokens (positions from 0) and centres what is rounded symmetrically to 8 bits: activations lose the mean
-  // that they have there, linears gain its product with their weights. Exact but for rounding, whatever the tokens.
+  // Runs the tokens, as sequences of one page (or of the context, where that is shorter), and centres what is rounded
+  // symmetrically to 8 bits: activations lose the mean that they have there, linears gain its product with their
+  // weights. Exact but for rounding, whatever the tokens.
   void centre(const std::vector<int32_t>& tokens);
 
   // Throws std::invalid_argument where the step does not fit the program or its limits.
@@ -188,9 +189,9 @@ class Program {
 
   Step step_{};
   SampleArgs* sample_ = nullptr;
-  // Per operation, while centring: sums of the normalised rows.
-  std::vector<std::vector<double>> means_;
-  std::mutex means_mutex_;
+  // Per operation, while centring: sums of the normalised rows, in fixed point.
+  std::vector<std::vector<int64_t>> totals_;
+  std::mutex totals_mutex_;
   struct Centred {
     int centre, weights, bias;
   };

@@ -77,7 +77,7 @@ class ModelRunner:
             )
             builder = ProgramBuilder(self._program, checkpoint, precision)
             layout_of(config)(builder, self.max_context)
-            self._program.centre(_centring_tokens(config.vocab_size, min(max_step_tokens, self.max_context)))
+            self._program.centre(_centring_tokens(config.vocab_size, min(self.page_size, self.max_context)))
         except FallowError:
             raise
         except (ValueError, MemoryError) as error:
@@ -150,6 +150,8 @@ class ModelRunner:
         del self._program
 
 
-def _centring_tokens(vocab_size: int, longest: int) -> npt.NDArray[np.int32]:
-    """Tokens over which activations are centred before they are rounded: always the same, so that bits are too."""
-    return np.random.default_rng(0).integers(0, vocab_size, min(CENTRING_TOKENS, longest)).astype(np.int32)
+def _centring_tokens(vocab_size: int, length: int) -> npt.NDArray[np.int32]:
+    """Sequences of ``length`` tokens over which activations are centred before they are rounded: always the same ones,
+    so that bits are too."""
+    tokens = np.random.default_rng(0).integers(0, vocab_size, CENTRING_TOKENS)
+    return tokens[: CENTRING_TOKENS // length * length].astype(np.int32)
