@@ -42,7 +42,7 @@ class WorkerProcess:
             command, environment = [str(variant.python), "-m", module], dict(os.environ)
         else:
             command, environment = [str(variant.python), str(_LAUNCH), module], worker_environment(variant.python)
-        environment["OMP_NUM_THREADS"] = str(options.threads)
+        environment |= {"OMP_NUM_THREADS": str(options.threads), **variant.variables}
         with log.open("wb") as stderr:
             # A process group of its own: it can be stopped as a whole, and Ctrl-C does not reach it.
             self._process = subprocess.Popen(

@@ -224,7 +224,7 @@ def running_server(variant: Variant, *, threads: int, max_context: int, scratch:
     else:
         command = PEERS[variant.engine].server_command(variant, **limits)
         environment = worker_environment(variant.python)
-    environment["OMP_NUM_THREADS"] = str(threads)
+    environment |= {"OMP_NUM_THREADS": str(threads), **variant.variables}
     log = scratch / f"server-{variant.name.replace(' ', '-')}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(

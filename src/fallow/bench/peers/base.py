@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +15,8 @@ from fallow.terminal import Progress
 class Variant:
     """One engine with one form of the model: what ``launch.py`` runs, in which Python, with which model and precision.
 
-    ``for_speed`` and ``for_quality`` say what it is asked.
+    ``variables`` are set in the environment of its worker and of its server. ``for_speed`` and ``for_quality`` say what
+    it is asked.
     """
 
     engine: str
@@ -23,6 +25,7 @@ class Variant:
     worker: str
     model: Path
     worker_precision: str = "auto"
+    variables: Mapping[str, str] = field(default_factory=dict)
     for_speed: bool = True
     for_quality: bool = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fallow.bench.environment import Requirements
@@ -21,7 +22,12 @@ class Vllm:
 
     def variants(self, model: Path, python: Path, progress: Progress | None) -> list[Variant]:
         folder = as_hf_folder(model, python, progress)
-        return [Variant(self.name, "bf16", python, "vllm", folder, worker_precision="bfloat16")]
+        variables = {
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+        }
+        return [Variant(self.name, "bf16", python, "vllm", folder, worker_precision="bfloat16", variables=variables)]
 
     def server_command(self, variant: Variant, *, port: int, threads: int, max_context: int) -> list[str]:
         options = {
@@ -34,4 +40,5 @@ class Vllm:
         }
         arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
         # What `vllm serve` runs; the command itself looks for a package named vllm, which vllm-cpu is not.
-        return [str(variant.python), "-m", "vllm.entrypoints.openai.api_server", *arguments]
+        bind = f"VLLM_CPU_OMP_THREADS_BIND={','.join(map(str, sorted(os.sched_getaffinity(0))[:threads]))}"
+        return ["env", bind, str(variant.python), "-m", "vllm.entrypoints.openai.api_server", *arguments]

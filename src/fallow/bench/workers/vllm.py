@@ -9,20 +9,15 @@ from fallow.bench.worker import Timeline, WorkerOptions, serve
 
 
 class VllmBackend:
-    """A Hugging Face folder. No prefix cache, no detokenizing; one thread a core on all cores that it may use."""
+    """A Hugging Face folder. No prefix cache, no detokenizing; a thread a core on all that it may use."""
 
     def __init__(self, options: WorkerOptions) -> None:
+        # It would keep a core free for its own processes otherwise, and compute on the others.
         cores = sorted(os.sched_getaffinity(0))[: options.threads]
-        # In whole GiB; the least where one sequence's memory is asked for.
-        cache = "1" if options.max_batch == 1 else "2"
-        os.environ |= {
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CPU_KVCACHE_SPACE": cache,
-            # It would keep a core free for its own processes otherwise, and compute on the others.
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-        }
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+        # In whole GiB; the least where the memory of one sequence is asked for.
+        if options.max_batch == 1:
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
         # Imported here: vLLM reads the environment when it is imported.
         from vllm import LLM, SamplingParams  # type: ignore[import-not-found]  # noqa: PLC0415
         from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]  # noqa: PLC0415
