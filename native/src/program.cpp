@@ -24,7 +24,7 @@ struct Overloaded : F... {
 template <class... F>
 Overloaded(F...) -> Overloaded<F...>;
 
-constexpr size_t next_bytes = 16384;
+constexpr size_t next_bytes = 32768;
 
 constexpr int column_rows = 64;  // beyond, rows lie too far apart to be walked down a column
 constexpr int sink_rows = 4;  // the first tokens of a text are unlike all others

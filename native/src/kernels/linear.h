@@ -40,8 +40,8 @@ struct TileSource {
   const uint8_t* codes[2];  // 8-bit codes, one 64-byte quad after the other; or packed 4-bit codes
   const uint8_t* scales[2];
   const uint8_t* weight_pairs[2];
-  const uint8_t* next;  // the tiles that come after these, fetched from memory while these are computed
-  size_t fetch;         // bytes of them a step
+  const uint8_t* next;  // of the tiles two pairs on, what is still to be fetched while these are computed
+  size_t fetch;         // bytes of it a step
 };
 
 template <class S, Scales SC>
@@ -70,16 +70,15 @@ FALLOW_INLINE void start_with_pairs(const TileSource& t, typename S::F (&acc)[MR
   }
 }
 
-// CODES: how the codes lie in memory (q4 or q8).
-// A step's part of the tiles that come next.
+// A step's part of the tiles to come.
 template <class S>
 FALLOW_INLINE void fetch_next(const TileSource& t, int step) {
   const uint8_t* p = t.next + step * t.fetch;
   for (size_t line = 0; line < t.fetch; line += 64) S::prefetch(p + line);
 }
 
-// FIRST: these are the first rows to read the tiles.
-template <class S, int MR, int NR, Codes CODES, int GROUP, Scales SC, bool FIRST>
+// CODES: how the codes lie in memory (q4 or q8). FETCH: a part of the tiles to come is fetched with every group.
+template <class S, int MR, int NR, Codes CODES, int GROUP, Scales SC, bool FETCH>
 FALLOW_INLINE void quantised_tile(const TileSource& t, typename S::F (&acc)[MR][NR]) {
   using I = typename S::I;
   using F = typename S::F;
@@ -97,7 +96,7 @@ FALLOW_INLINE void quantised_tile(const TileSource& t, typename S::F (&acc)[MR][
     const uint8_t* codes[NR];
 #pragma GCC unroll 2
     for (int n = 0; n < NR; ++n) codes[n] = t.codes[n] + static_cast<size_t>(g) * group_bytes;
-    if constexpr (FIRST) fetch_next<S>(t, g);
+    if constexpr (FETCH) fetch_next<S>(t, g);
     const uint8_t* a = t.activations + g * GROUP;
     if constexpr (CODES == Codes::q4) {
 #pragma GCC unroll 4
@@ -145,7 +144,7 @@ FALLOW_INLINE void quantised_tile(const TileSource& t, typename S::F (&acc)[MR][
   }
 }
 
-template <class S, int MR, int NR, bool FIRST>
+template <class S, int MR, int NR, bool FETCH>
 FALLOW_INLINE void bf16_tile(const TileSource& t, int in_pairs, typename S::F (&acc)[MR][NR]) {
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -157,7 +156,7 @@ FALLOW_INLINE void bf16_tile(const TileSource& t, int in_pairs, typename S::F (&
     typename S::I w[NR];
 #pragma GCC unroll 2
     for (int n = 0; n < NR; ++n) w[n] = S::load_bytes(t.codes[n] + static_cast<size_t>(k) * 64);
-    if constexpr (FIRST) fetch_next<S>(t, k);
+    if constexpr (FETCH) fetch_next<S>(t, k);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
       const auto a = S::set1_i32(load_quad(t.activations + m * t.stride + k * 4));
@@ -208,26 +207,41 @@ FALLOW_INLINE void finish_tile(const LinearTask& task, int row, int tile, typena
   }
 }
 
-template <class S, int MR, Codes CODES, int GROUP, Scales SC, bool FIRST>
+template <class S, int MR, Codes CODES, int GROUP, Scales SC, bool FETCH>
 FALLOW_NOINLINE void compute_tile(const LinearTask& task, TileSource& t, int row, int tile) {
   t.activations = task.activations + static_cast<size_t>(row) * t.stride;
   typename S::F acc[MR][2];
   if constexpr (CODES == Codes::bf16) {
-    bf16_tile<S, MR, 2, FIRST>(t, (task.weights->in_features + 1) / 2, acc);
+    bf16_tile<S, MR, 2, FETCH>(t, (task.weights->in_features + 1) / 2, acc);
   } else {
-    quantised_tile<S, MR, 2, CODES, GROUP, SC, FIRST>(t, acc);
+    quantised_tile<S, MR, 2, CODES, GROUP, SC, FETCH>(t, acc);
   }
   finish_tile<S, MR, 2>(task, row, tile, acc);
 }
 
-template <class S, Codes CODES, int GROUP, Scales SC, bool FIRST>
-inline int compute_some(const LinearTask& task, TileSource& t, int row, int tile) {
-  // Split evenly instead of leaving a small last tile: 8 rows are 4 + 4, not 6 + 2.
-  const int left = task.rows - row;
-  const int steps = (left + S::max_rows - 1) / S::max_rows;
-  const int take = (left + steps - 1) / steps;
-  with_rows<S>(take, [&](auto rows) { compute_tile<S, decltype(rows)::value, CODES, GROUP, SC, FIRST>(task, t, row, tile); });
-  return take;
+// All rows by a pair of tiles. The pair to come is fetched evenly over the register tiles, a cache line a step or more.
+template <class S, Codes CODES, int GROUP, Scales SC>
+inline void compute_rows(const LinearTask& task, TileSource& t, int tile, int steps) {
+  const size_t pair_bytes = 2 * task.weights->tile_bytes;
+  const size_t steps_in_all = static_cast<size_t>(steps) * ((task.rows + S::max_rows - 1) / S::max_rows);
+  t.fetch = ActivationFormat::align((pair_bytes + steps_in_all - 1) / steps_in_all);
+  const uint8_t* end = t.next + pair_bytes;
+  for (int row = 0; row < task.rows;) {
+    // Split evenly instead of leaving a small last tile: 8 rows are 4 + 4, not 6 + 2.
+    const int left = task.rows - row;
+    const int tiles_left = (left + S::max_rows - 1) / S::max_rows;
+    const int take = (left + tiles_left - 1) / tiles_left;
+    with_rows<S>(take, [&](auto rows) {
+      constexpr int MR = decltype(rows)::value;
+      if (t.next < end) {
+        compute_tile<S, MR, CODES, GROUP, SC, true>(task, t, row, tile);
+      } else {
+        compute_tile<S, MR, CODES, GROUP, SC, false>(task, t, row, tile);
+      }
+    });
+    t.next += steps * t.fetch;
+    row += take;
+  }
 }
 
 // 4-bit codes of a tile as 8-bit quads in the order in which the 8-bit kernel reads them.
@@ -254,11 +268,10 @@ void linear_tiles(const LinearTask& task, int begin, int end, uint8_t* scratch) 
   t.groups = w.groups;
   t.pairs = w.pairs;
   const int steps = CODES == Codes::bf16 ? (w.in_features + 1) / 2 : w.groups;
-  t.fetch = (2 * w.tile_bytes / steps + 63) / 64 * 64;
   // Widening pays once the codes are used by more than one register tile.
   const bool widen = CODES == Codes::q4 && task.rows > 6 * S::max_rows;
   for (int tile = begin; tile < end; tile += 2) {
-    t.next = w.tile(tile + 2);
+    t.next = w.tile(tile + 4);
     for (int n = 0; n < 2; ++n) {
       const uint8_t* p = w.tile(tile + n);
       t.codes[n] = p;
@@ -271,11 +284,9 @@ void linear_tiles(const LinearTask& task, int begin, int end, uint8_t* scratch) 
       }
     }
     if (widen) {
-      int row = compute_some<S, Codes::q8, GROUP, SC, true>(task, t, 0, tile);
-      while (row < task.rows) row += compute_some<S, Codes::q8, GROUP, SC, false>(task, t, row, tile);
+      compute_rows<S, Codes::q8, GROUP, SC>(task, t, tile, steps);
     } else {
-      int row = compute_some<S, CODES, GROUP, SC, true>(task, t, 0, tile);
-      while (row < task.rows) row += compute_some<S, CODES, GROUP, SC, false>(task, t, row, tile);
+      compute_rows<S, CODES, GROUP, SC>(task, t, tile, steps);
     }
   }
 }
