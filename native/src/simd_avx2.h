@@ -33,11 +33,10 @@ struct Avx2 {
   static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
   static F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
   static F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
-  static F round(F x) {
-    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
-  }
-  static F scale2(F x, F n) { return {scale2(x.a, n.a), scale2(x.b, n.b)}; }
+  static F reciprocal(F x) { return div(set1(1.f), x); }
+  // x - floor(x), zero for infinities; and x * 2^floor(e)
+  static F above_floor(F x) { return {above_floor(x.a), above_floor(x.b)}; }
+  static F scale_by_floor(F x, F e) { return {scale_by_floor(x.a, e.a), scale_by_floor(x.b, e.b)}; }
   static F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
   static I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
   static F keep_first(F x, int n, float fill) {
@@ -143,8 +142,15 @@ struct Avx2 {
     return {_mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
             _mm256_cmpgt_epi32(count, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15))};
   }
+  // Within the exponents that change a float; NaN stays NaN.
+  static __m256 bounded(__m256 x) { return _mm256_max_ps(_mm256_set1_ps(-160.f), _mm256_min_ps(_mm256_set1_ps(160.f), x)); }
+  static __m256 above_floor(__m256 x) {
+    x = bounded(x);
+    return _mm256_sub_ps(x, _mm256_floor_ps(x));
+  }
   // In two steps, so that results below the normal range are reached without an exponent out of range.
-  static __m256 scale2(__m256 x, __m256 n) {
+  static __m256 scale_by_floor(__m256 x, __m256 e) {
+    const __m256 n = _mm256_floor_ps(bounded(e));
     const __m256i whole = _mm256_cvtps_epi32(n);
     const __m256i half = _mm256_srai_epi32(whole, 1);
     const auto power = [](__m256i e) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23)); };

@@ -24,9 +24,14 @@ struct Avx512 {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
-  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  // x * 2^n for integral n within the range of float32 exponents
-  static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }
+  // 1 / x to within two units in the last place, for normal x with a normal reciprocal
+  static F reciprocal(F x) {
+    const F y = _mm512_rcp14_ps(x);
+    return _mm512_mul_ps(y, _mm512_fnmadd_ps(x, y, _mm512_set1_ps(2.f)));
+  }
+  // x - floor(x), zero for infinities; and x * 2^floor(e)
+  static F above_floor(F x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static F scale_by_floor(F x, F e) { return _mm512_scalef_ps(x, e); }
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
   static I to_int(F x) { return _mm512_cvtps_epi32(x); }
   // lanes with index >= n become `fill`
@@ -92,9 +97,9 @@ struct Avx512 {
   }
   // lane i holds the pair (even[i], odd[i]) rounded to bfloat16
   static I pair_bf16(F even, F odd) {
-    const __m512i e = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(even)));
-    const __m512i o = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(odd)));
-    return _mm512_or_si512(e, _mm512_slli_epi32(o, 16));
+    alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(order), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
   }
   // acc[lane] += a.even * b.even + a.odd * b.odd over pairs of bfloat16
   static F dot_bf16(F acc, I a, I b) {

@@ -1,5 +1,6 @@
 // Sixteen lanes in portable C++: the reference that the other instruction sets are tested against.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -74,11 +75,15 @@ struct Scalar {
   static F min(const F& a, const F& b) {
     return map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
   }
-  static F round(const F& a) {
-    return map([&](int i) { return std::nearbyint(a.v[i]); });
+  static F reciprocal(const F& x) {
+    return map([&](int i) { return 1.f / x.v[i]; });
   }
-  static F scale2(const F& x, const F& n) {
-    return map([&](int i) { return n.v[i] == n.v[i] ? std::ldexp(x.v[i], static_cast<int>(n.v[i])) : n.v[i]; });
+  // x - floor(x), zero for infinities; and x * 2^floor(e)
+  static F above_floor(const F& x) {
+    return map([&](int i) { return std::isinf(x.v[i]) ? 0.f : x.v[i] - std::floor(x.v[i]); });
+  }
+  static F scale_by_floor(const F& x, const F& e) {
+    return map([&](int i) { return std::isnan(e.v[i]) ? e.v[i] : std::ldexp(x.v[i], static_cast<int>(std::floor(std::clamp(e.v[i], -160.f, 160.f)))); });
   }
   static F to_float(const I& x) {
     return map([&](int i) { return static_cast<float>(x.v[i]); });

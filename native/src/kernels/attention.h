@@ -55,6 +55,7 @@ FALLOW_INLINE void score_page(const uint16_t* const* queries, const uint16_t* ke
 }
 
 // Softmax numerators of one query over vectors [begin, end) of its segment, in place as pairs of bfloat16 (j, j + 16).
+// Powers of two: `scale` includes log2(e), and so does the maximum that is returned.
 template <class S>
 inline Partial softmax_segment(float* scores, int begin, int end, Visible see, float scale) {
   using F = typename S::F;
@@ -65,20 +66,18 @@ inline Partial softmax_segment(float* scores, int begin, int end, Visible see, f
   }
   F peak = S::set1(-infinity);
   for (int v = begin; v < end; ++v) {
-    F x = S::mul(S::load(scores + v * lanes), S::set1(scale));
+    F x = S::load(scores + v * lanes);
     if (see.high < (v + 1) * lanes) x = S::keep_first(x, see.high - v * lanes, -infinity);
     if (see.low > v * lanes) x = S::drop_first(x, see.low - v * lanes, -infinity);
     S::store(scores + v * lanes, x);
     peak = S::max(peak, x);
   }
-  const float maximum = S::max_of(peak);
+  const float maximum = S::max_of(peak) * scale;
   F total = S::zero();
   for (int v = begin; v < end; v += 2) {
     F p[2];
     for (int i = 0; i < 2; ++i) {
-      p[i] = exp<S>(S::sub(S::load(scores + (v + i) * lanes), S::set1(maximum)));
-      if (see.high < (v + i + 1) * lanes) p[i] = S::keep_first(p[i], see.high - (v + i) * lanes, 0.f);
-      if (see.low > (v + i) * lanes) p[i] = S::drop_first(p[i], see.low - (v + i) * lanes, 0.f);
+      p[i] = exp2<S>(S::fma(S::load(scores + (v + i) * lanes), S::set1(scale), S::set1(-maximum)));
       total = S::add(total, p[i]);
     }
     S::store_bytes(scores + v * lanes, S::pair_bf16(p[0], p[1]));
@@ -178,7 +177,7 @@ void attention(const AttentionTask& task, int segment, Partial* partials, float*
     float* value = values + static_cast<size_t>(first) * padded_dim;
     float* scores = scratch + static_cast<size_t>(first) * segment_tokens;
     with_rows<S>(take, [&](auto rows) {
-      attend_block<S, decltype(rows)::value>(q, keys, values_at, begin, end, filled, first == 0, see, task.scale,
+      attend_block<S, decltype(rows)::value>(q, keys, values_at, begin, end, filled, first == 0, see, task.scale * log2_e,
                                              padded_dim / 2, padded_dim, partial, value, scores);
     });
     first += take;
@@ -189,8 +188,8 @@ template <class S>
 void merge(Partial& state, float* state_values, const Partial& partial, const float* values, int padded_dim) {
   if (!(partial.sum > 0.f) && partial.sum == partial.sum) return;  // nothing visible; NaN goes on
   const float maximum = std::max(state.maximum, partial.maximum);
-  const auto keep = exp<S>(S::set1(state.maximum - maximum));
-  const auto take = exp<S>(S::set1(partial.maximum - maximum));
+  const auto keep = exp2<S>(S::set1(state.maximum - maximum));
+  const auto take = exp2<S>(S::set1(partial.maximum - maximum));
   if (state.sum == 0.f) {
     state = partial;
     for (int d = 0; d < padded_dim; d += lanes) S::store(state_values + d, S::load(values + d));

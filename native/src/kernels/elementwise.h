@@ -4,37 +4,38 @@
 
 namespace fallow::kernels {
 
-// exp(x), relative error below 2e-7: 2^n * p(r) with r in [-ln2/2, ln2/2]; 0 below -87.3, finite above.
+// 2^x, relative error below 2e-7: 2^floor(x) p(x - floor(x)), p the minimax polynomial of degree 5 with p(0) = 1.
 template <class S>
-inline typename S::F exp(typename S::F x) {
-  using F = typename S::F;
-  const F low = S::set1(-87.33f);
-  x = S::min(S::max(x, low), S::set1(88.37f));
-  const F n = S::round(S::mul(x, S::set1(1.44269504f)));
-  F r = S::fma(n, S::set1(-0.693359375f), x);
-  r = S::fma(n, S::set1(2.12194440e-4f), r);
-  F p = S::set1(1.9875691500e-4f);
-  p = S::fma(p, r, S::set1(1.3981999507e-3f));
-  p = S::fma(p, r, S::set1(8.3334519073e-3f));
-  p = S::fma(p, r, S::set1(4.1665795894e-2f));
-  p = S::fma(p, r, S::set1(1.6666665459e-1f));
-  p = S::fma(p, r, S::set1(5.0000001201e-1f));
-  p = S::fma(S::mul(p, r), r, S::add(r, S::set1(1.f)));
-  return S::scale2(p, n);
+inline typename S::F exp2(typename S::F x) {
+  const auto r = S::above_floor(x);
+  auto p = S::set1(1.867130166e-3f);
+  p = S::fma(p, r, S::set1(9.017029777e-3f));
+  p = S::fma(p, r, S::set1(5.579991266e-2f));
+  p = S::fma(p, r, S::set1(2.401644439e-1f));
+  p = S::fma(p, r, S::set1(6.931512952e-1f));
+  p = S::fma(p, r, S::set1(1.f));
+  return S::scale_by_floor(p, x);
+}
+
+constexpr float log2_e = 1.44269504f;
+
+// x / (1 + exp(-z)). Beyond an exponent of 64 the quotient has no digit of x left.
+template <class S>
+inline typename S::F times_sigmoid(typename S::F x, typename S::F z) {
+  const auto exponent = S::min(S::set1(64.f), S::mul(z, S::set1(-log2_e)));
+  return S::mul(x, S::reciprocal(S::add(S::set1(1.f), exp2<S>(exponent))));
 }
 
 template <class S>
 inline typename S::F silu(typename S::F x) {
-  const auto one = S::set1(1.f);
-  return S::div(x, S::add(one, exp<S>(S::sub(S::zero(), x))));
+  return times_sigmoid<S>(x, x);
 }
 
 // 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) = x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))
 template <class S>
 inline typename S::F gelu_tanh(typename S::F x) {
   const auto cubic = S::mul(S::mul(x, x), x);
-  const auto inner = S::mul(S::fma(cubic, S::set1(0.044715f), x), S::set1(1.5957691216f));
-  return S::div(x, S::add(S::set1(1.f), exp<S>(S::sub(S::zero(), inner))));
+  return times_sigmoid<S>(x, S::mul(S::fma(cubic, S::set1(0.044715f), x), S::set1(1.5957691216f)));
 }
 
 template <class S>
