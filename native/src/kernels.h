@@ -66,6 +66,7 @@ struct NormTask {
   const float* weight;
   float eps;
   int width;
+  const float* shift = nullptr;  // added to the result
 };
 
 struct RopeTask {
@@ -79,6 +80,8 @@ struct RopeTask {
   const float* qkv;   // one row: queries, keys, values
   uint16_t* queries;  // one row of AttentionTask::queries
   uint8_t* page;
+  uint8_t* next_page = nullptr;  // of the next row: where it will write is fetched while this one is computed
+  int next_position = 0;
 };
 
 struct Kernels {

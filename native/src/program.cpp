@@ -8,6 +8,8 @@
 #include <set>
 #include <stdexcept>
 
+#include "prefetch.h"
+
 namespace fallow {
 namespace {
 
@@ -323,11 +325,13 @@ void Program::execute(const op::NormQuantise& o, int index, int thread) {
   const int width = buffers_[o.x].width;
   std::vector<int64_t> sums(totals_.empty() ? 0 : width);
   for_rows(index, thread, [&](int r) {
-    kernels_.rms_norm({row(o.x, r), vectors_[o.weight].data(), o.eps, width}, normed);
+    // Half of a row was written by another core.
+    prefetch_near(row(o.x, r + 1), width * sizeof(float));
+    const float* shift = o.centre < 0 ? nullptr : vectors_[o.centre].data();
+    kernels_.rms_norm({row(o.x, r), vectors_[o.weight].data(), o.eps, width, shift}, normed);
     if (!sums.empty() && row_position_[r] >= sink_rows) {
       for (int i = 0; i < width; ++i) sums[i] += std::llround(normed[i] * fixed_point);
     }
-    if (o.centre >= 0) kernels_.add(vectors_[o.centre].data(), normed, width);
     for (const int a : o.out) kernels_.quantise(normed, activations_[a].format, activation_row(a, r), 0, activations_[a].format.groups());
   });
   if (sums.empty()) return;
@@ -405,7 +409,10 @@ void Program::centre(const std::vector<int32_t>& tokens) {
 void Program::execute(const op::Quantise& o, int index, int thread) {
   const ActivationFormat& f = activations_[o.out].format;
   if (rows(index) > column_rows) {
-    for_rows(index, thread, [&](int r) { kernels_.quantise(row(o.x, r), f, activation_row(o.out, r), 0, f.groups()); });
+    for_rows(index, thread, [&](int r) {
+      prefetch_near(row(o.x, r + 1), f.in_features * sizeof(float));
+      kernels_.quantise(row(o.x, r), f, activation_row(o.out, r), 0, f.groups());
+    });
     return;
   }
   // By columns, as the linear before wrote them: what a thread reads is in its own cache.
@@ -437,17 +444,19 @@ void Program::execute(const op::Linear& o, int index, int thread) {
   const PackedLinear& after = *weights_[next];
   const uint8_t* p = after.tile(share(after, thread));
   const uint8_t* last = after.data + after.bytes;
-  for (size_t line = 0; line < next_bytes && p + line < last; line += 64) __builtin_prefetch(p + line, 0, 2);
+  for (size_t line = 0; line < next_bytes && p + line < last; line += cache_line) prefetch_far(p + line);
 }
 
 void Program::execute(const op::Rope& o, int index, int thread) {
   const size_t stride = static_cast<size_t>(layout_.num_heads) * layout_.padded_dim();
   const auto norm = [&](int v) { return v < 0 ? nullptr : vectors_[v].data(); };
   for_rows(index, thread, [&](int r) {
-    const int position = row_position_[r];
-    const int32_t* table = step_.page_table + static_cast<size_t>(row_sequence_[r]) * step_.table_width;
-    kernels_.rope({layout_, position, vectors_[o.table].data(), o.rotary_dim, norm(o.q_norm), norm(o.k_norm), o.eps, row(o.qkv, r),
-                   queries_.as<uint16_t>() + r * stride, page(o.layer, table[position / page_size])});
+    const auto page_of = [&](int i) {
+      return page(o.layer, step_.page_table[static_cast<size_t>(row_sequence_[i]) * step_.table_width + row_position_[i] / page_size]);
+    };
+    const int next = std::min(r + 1, rows(index) - 1);
+    kernels_.rope({layout_, row_position_[r], vectors_[o.table].data(), o.rotary_dim, norm(o.q_norm), norm(o.k_norm), o.eps, row(o.qkv, r),
+                   queries_.as<uint16_t>() + r * stride, page_of(r), page_of(next), row_position_[next]});
   });
 }
 

@@ -20,6 +20,7 @@ struct Avx512 {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
@@ -108,9 +109,6 @@ struct Avx512 {
   static void store_s8(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x)); }
   // keeps the even value of each pair of bfloat16, the odd one becomes 0
   static I even_only(I x) { return _mm512_and_si512(x, _mm512_set1_epi32(0xffff)); }
-  // Into the second-level cache: the few fill buffers of the first stay free for what is needed now. In assembly: GCC
-  // takes a function that only prefetches for one without effect, and drops its calls.
-  static void prefetch(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p))); }
 
  private:
   // Halves the width of sixteen vectors four times, two vectors becoming one.

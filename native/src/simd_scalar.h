@@ -63,6 +63,9 @@ struct Scalar {
   static F mul(const F& a, const F& b) {
     return map([&](int i) { return a.v[i] * b.v[i]; });
   }
+  static F abs(const F& a) {
+    return map([&](int i) { return std::fabs(a.v[i]); });
+  }
   static F div(const F& a, const F& b) {
     return map([&](int i) { return a.v[i] / b.v[i]; });
   }
@@ -187,7 +190,6 @@ struct Scalar {
   static I even_only(const I& x) {
     return imap([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(x.v[i]) & 0xffffu); });
   }
-  static void prefetch(const void*) {}
 };
 
 }  // namespace fallow

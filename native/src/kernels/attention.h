@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "../kernels.h"
+#include "../prefetch.h"
 #include "elementwise.h"
 #include "linear.h"
 
@@ -37,8 +38,8 @@ FALLOW_INLINE void score_page(const uint16_t* const* queries, const uint16_t* ke
     const auto k1 = S::load_bytes(keys + d * page_size * 2 + 2 * lanes);
     for (const uint16_t* p : next) {
       if (p == nullptr) continue;
-      S::prefetch(p + d * page_size * 2);
-      S::prefetch(p + d * page_size * 2 + 2 * lanes);
+      prefetch_far(p + d * page_size * 2);
+      prefetch_far(p + d * page_size * 2 + 2 * lanes);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {

@@ -9,6 +9,7 @@
 
 #include "../activations.h"
 #include "../kernels.h"
+#include "../prefetch.h"
 #include "elementwise.h"
 
 namespace fallow::kernels {
@@ -71,10 +72,9 @@ FALLOW_INLINE void start_with_pairs(const TileSource& t, typename S::F (&acc)[MR
 }
 
 // A step's part of the tiles to come.
-template <class S>
 FALLOW_INLINE void fetch_next(const TileSource& t, int step) {
   const uint8_t* p = t.next + step * t.fetch;
-  for (size_t line = 0; line < t.fetch; line += 64) S::prefetch(p + line);
+  for (size_t line = 0; line < t.fetch; line += cache_line) prefetch_far(p + line);
 }
 
 // CODES: how the codes lie in memory (q4 or q8). FETCH: a part of the tiles to come is fetched with every group.
@@ -96,7 +96,7 @@ FALLOW_INLINE void quantised_tile(const TileSource& t, typename S::F (&acc)[MR][
     const uint8_t* codes[NR];
 #pragma GCC unroll 2
     for (int n = 0; n < NR; ++n) codes[n] = t.codes[n] + static_cast<size_t>(g) * group_bytes;
-    if constexpr (FETCH) fetch_next<S>(t, g);
+    if constexpr (FETCH) fetch_next(t, g);
     const uint8_t* a = t.activations + g * GROUP;
     if constexpr (CODES == Codes::q4) {
 #pragma GCC unroll 4
@@ -156,7 +156,7 @@ FALLOW_INLINE void bf16_tile(const TileSource& t, int in_pairs, typename S::F (&
     typename S::I w[NR];
 #pragma GCC unroll 2
     for (int n = 0; n < NR; ++n) w[n] = S::load_bytes(t.codes[n] + static_cast<size_t>(k) * 64);
-    if constexpr (FETCH) fetch_next<S>(t, k);
+    if constexpr (FETCH) fetch_next(t, k);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
       const auto a = S::set1_i32(load_quad(t.activations + m * t.stride + k * 4));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "../bits.h"
 #include "../kernels.h"
@@ -11,13 +12,19 @@ namespace fallow::kernels {
 
 template <class S>
 inline float mean_square(const float* x, int width) {
-  auto total = S::zero();
+  typename S::F totals[4] = {S::zero(), S::zero(), S::zero(), S::zero()};
   int i = 0;
+  for (; i + 4 * lanes <= width; i += 4 * lanes) {
+    for (int j = 0; j < 4; ++j) {
+      const auto v = S::load(x + i + j * lanes);
+      totals[j] = S::fma(v, v, totals[j]);
+    }
+  }
   for (; i + lanes <= width; i += lanes) {
     const auto v = S::load(x + i);
-    total = S::fma(v, v, total);
+    totals[0] = S::fma(v, v, totals[0]);
   }
-  float sum = S::sum(total);
+  float sum = S::sum(S::add(S::add(totals[0], totals[1]), S::add(totals[2], totals[3])));
   for (; i < width; ++i) sum += x[i] * x[i];
   return sum / static_cast<float>(width);
 }
@@ -25,11 +32,17 @@ inline float mean_square(const float* x, int width) {
 template <class S>
 void rms_norm(const NormTask& task, float* out) {
   const float scale = 1.f / std::sqrt(mean_square<S>(task.x, task.width) + task.eps);
-  int i = 0;
-  for (; i + lanes <= task.width; i += lanes) {
-    S::store(out + i, S::mul(S::mul(S::load(task.x + i), S::set1(scale)), S::load(task.weight + i)));
-  }
-  for (; i < task.width; ++i) out[i] = task.x[i] * scale * task.weight[i];
+  const auto shifted = [&](auto has_shift) {
+    int i = 0;
+    for (; i + lanes <= task.width; i += lanes) {
+      auto y = S::mul(S::mul(S::load(task.x + i), S::set1(scale)), S::load(task.weight + i));
+      if constexpr (decltype(has_shift)::value) y = S::add(y, S::load(task.shift + i));
+      S::store(out + i, y);
+    }
+    for (; i < task.width; ++i) out[i] = task.x[i] * scale * task.weight[i] + (task.shift != nullptr ? task.shift[i] : 0.f);
+  };
+  if (task.shift != nullptr) return shifted(std::true_type{});
+  shifted(std::false_type{});
 }
 
 // A group's scale, midpoint and codes. Symmetric: scale = max|x| / 127. Asymmetric: codes span [minimum, maximum].
@@ -43,24 +56,23 @@ inline void quantise_groups(const float* x, const ActivationFormat& f, uint8_t* 
   for (int first = begin; first < end; first += lanes) {
     const int count = std::min(lanes, end - first);
     const float* values = x + first * GROUP;
-    F high[lanes];
-    F low[lanes];
-    for (int g = 0; g < count; ++g) {
-      high[g] = S::load(values + g * GROUP);
-      low[g] = high[g];
-      for (int i = 1; i < vectors; ++i) {
-        const F v = S::load(values + g * GROUP + i * lanes);
-        high[g] = S::max(high[g], v);
-        low[g] = S::min(low[g], v);
+    // The largest of each group's values, negated or made positive first.
+    const auto largest = [&](const auto& of) {
+      F high[lanes];
+      for (int g = 0; g < count; ++g) {
+        high[g] = of(S::load(values + g * GROUP));
+        for (int i = 1; i < vectors; ++i) high[g] = S::max(high[g], of(S::load(values + g * GROUP + i * lanes)));
       }
-      low[g] = S::sub(S::zero(), low[g]);
-      if (!f.asymmetric) high[g] = S::max(high[g], low[g]);
-    }
-    for (int g = count; g < lanes; ++g) high[g] = low[g] = S::zero();
-    F peak = S::max_of_each(high);
+      for (int g = count; g < lanes; ++g) high[g] = S::zero();
+      return S::max_of_each(high);
+    };
     alignas(64) float middle[lanes] = {};
-    if (f.asymmetric) {
-      const F lowest = S::max_of_each(low);
+    F peak;
+    if (!f.asymmetric) {
+      peak = largest([](F v) { return S::abs(v); });
+    } else {
+      peak = largest([](F v) { return v; });
+      const F lowest = largest([](F v) { return S::sub(S::zero(), v); });
       alignas(64) uint16_t rounded[lanes];
       S::store_bf16(rounded, S::mul(S::sub(peak, lowest), S::set1(0.5f)));
       const F centre = S::load_bf16(rounded);

@@ -5,6 +5,7 @@
 
 #include "../bits.h"
 #include "../kernels.h"
+#include "../prefetch.h"
 #include "normalise.h"
 
 namespace fallow::kernels {
@@ -40,11 +41,23 @@ inline void rotate_head(const RopeTask& task, const float* x, const float* norm,
   }
 }
 
+// Where a token's keys and values will be written: a cache line for every two dimensions of the keys.
+inline void prefetch_slot(const KvLayout& layout, uint8_t* page, int position) {
+  const int slot = position % page_size;
+  for (int h = 0; h < layout.num_kv_heads; ++h) {
+    const uint16_t* keys = layout.keys(page, h) + slot * 2;
+    for (int d = 0; d < layout.padded_dim() / 2; ++d) prefetch_to_write(keys + static_cast<size_t>(d) * page_size * 2);
+    const uint16_t* values = layout.values(page, h) + static_cast<size_t>(slot % (page_size / 2)) * layout.padded_dim() * 2;
+    for (int d = 0; d < layout.padded_dim(); d += 32) prefetch_to_write(values + d * 2);
+  }
+}
+
 template <class S>
 void rope(const RopeTask& task) {
   const KvLayout& layout = task.layout;
   const int dim = layout.head_dim;
   const int padded_dim = layout.padded_dim();
+  if (task.next_page != nullptr) prefetch_slot(layout, task.next_page, task.next_position);
   alignas(64) float head[max_head_dim] = {};
   alignas(64) uint16_t rounded[max_head_dim];
   const auto round_head = [&](uint16_t* out) {
