@@ -133,6 +133,8 @@ class Program {
     SampleScratch sample;
   };
 
+  void add_to_sums(int r, const float* normed, std::vector<int64_t>& sums) const;
+  void add_to_totals(int index, const std::vector<int64_t>& sums);
   void plan_attention(const Step& step);
   void execute(int thread);
   void execute(const op::Embed&, int index, int thread);

@@ -1,0 +1,130 @@
+// Attention of a step: cut into items that threads take one after the other, and merged in order.
+#include <algorithm>
+#include <limits>
+
+#include "program.h"
+
+namespace fallow {
+namespace {
+
+constexpr Partial nothing{-std::numeric_limits<float>::infinity(), 0.f};
+
+// Segments of which the rows of an item may see something.
+std::pair<int, int> segments_of(int first_position, int rows, int window) {
+  const int low = window > 0 ? std::max(0, first_position + 1 - window) : 0;
+  return {low / segment_tokens, (first_position + rows - 1) / segment_tokens + 1};
+}
+
+}  // namespace
+
+// Few queries with many keys are cut along the keys as well, so that every thread has work. The result is the same:
+// segments are merged in order either way.
+void Program::plan_attention(const Step& step) {
+  items_.clear();
+  merges_.clear();
+  const int group = layout_.num_heads / layout_.num_kv_heads;
+  const int block = std::max(1, attention_block / group);
+  int blocks = 0;
+  for (int s = 0; s < step.num_sequences; ++s) blocks += (step.row_offsets[s + 1] - step.row_offsets[s] + block - 1) / block;
+  const bool split = blocks * layout_.num_kv_heads < 8 * pool_.size();
+  int partial = 0;
+  for (int s = 0; s < step.num_sequences; ++s) {
+    for (int r = step.row_offsets[s]; r < step.row_offsets[s + 1]; r += block) {
+      const int rows = std::min(block, step.row_offsets[s + 1] - r);
+      const int first = step.start_positions[s] + r - step.row_offsets[s];
+      const int segments = (first + rows + segment_tokens - 1) / segment_tokens;
+      for (int h = 0; h < layout_.num_kv_heads; ++h) {
+        if (!split || segments == 1) {
+          items_.push_back({s, r, rows, first, h, -1, 0});
+          continue;
+        }
+        merges_.push_back({s, r, rows, first, h, -1, partial});
+        for (int segment = 0; segment < segments; ++segment, partial += rows * group) {
+          items_.push_back({s, r, rows, first, h, segment, partial});
+        }
+      }
+    }
+  }
+  // The last blocks of a prompt see the most keys: they come first.
+  std::reverse(items_.begin(), items_.end());
+  if (static_cast<int>(split_partials_.size()) < partial) {
+    split_partials_.resize(partial);
+    split_values_ = Memory(static_cast<size_t>(partial) * layout_.padded_dim() * sizeof(float));
+  }
+}
+
+AttentionTask Program::attention_task(const op::Attention& o, const AttentionItem& item) const {
+  const size_t stride = static_cast<size_t>(layout_.num_heads) * layout_.padded_dim();
+  return {layout_,
+          queries_.as<uint16_t>() + item.row * stride,
+          stride,
+          item.kv_head,
+          item.rows,
+          item.first_position,
+          o.window,
+          o.scale,
+          page(o.layer, 0),
+          page_bytes(),
+          step_.page_table + static_cast<size_t>(item.sequence) * step_.table_width};
+}
+
+void Program::attend(const op::Attention& o, const AttentionItem& item, ThreadScratch& scratch) {
+  const AttentionTask task = attention_task(o, item);
+  const int group = layout_.num_heads / layout_.num_kv_heads;
+  const int padded_dim = layout_.padded_dim();
+  std::fill(scratch.states.begin(), scratch.states.end(), nothing);
+  const auto [begin, end] = segments_of(item.first_position, item.rows, o.window);
+  auto* values = scratch.values.as<float>();
+  auto* state = scratch.state.as<float>();
+  for (int segment = begin; segment < end; ++segment) {
+    kernels_.attention(task, segment, scratch.partials.data(), values, scratch.scores.as<float>());
+    for (int q = 0; q < item.rows * group; ++q) {
+      const size_t at = static_cast<size_t>(q) * padded_dim;
+      kernels_.merge(scratch.states[q], state + at, scratch.partials[q], values + at, padded_dim);
+    }
+  }
+  for (int q = 0; q < item.rows * group; ++q) {
+    float* out = row(o.out, item.row + q / group) + (item.kv_head * group + q % group) * layout_.head_dim;
+    kernels_.finish(scratch.states[q], state + static_cast<size_t>(q) * padded_dim, layout_.head_dim, out);
+  }
+}
+
+void Program::attend_segment(const op::Attention& o, const AttentionItem& item, ThreadScratch& scratch) {
+  const auto [begin, end] = segments_of(item.first_position, item.rows, o.window);
+  if (item.segment < begin || item.segment >= end) return;
+  kernels_.attention(attention_task(o, item), item.segment, split_partials_.data() + item.partial,
+                     split_values_.as<float>() + static_cast<size_t>(item.partial) * layout_.padded_dim(), scratch.scores.as<float>());
+}
+
+void Program::merge_segments(const op::Attention& o, const AttentionItem& item, ThreadScratch& scratch) {
+  const int group = layout_.num_heads / layout_.num_kv_heads;
+  const int padded_dim = layout_.padded_dim();
+  const auto [begin, end] = segments_of(item.first_position, item.rows, o.window);
+  auto* state = scratch.state.as<float>();
+  for (int q = 0; q < item.rows * group; ++q) {
+    Partial sum = nothing;
+    for (int segment = begin; segment < end; ++segment) {
+      const size_t at = static_cast<size_t>(item.partial) + segment * item.rows * group + q;
+      kernels_.merge(sum, state, split_partials_[at], split_values_.as<float>() + at * padded_dim, padded_dim);
+    }
+    float* out = row(o.out, item.row + q / group) + (item.kv_head * group + q % group) * layout_.head_dim;
+    kernels_.finish(sum, state, layout_.head_dim, out);
+  }
+}
+
+void Program::execute(const op::Attention& o, int index, int thread) {
+  ThreadScratch& scratch = scratch_[thread];
+  const int count = static_cast<int>(items_.size());
+  for (int i = 0; (i = next_[index].fetch_add(1, std::memory_order_relaxed)) < count;) {
+    if (items_[i].segment < 0) {
+      attend(o, items_[i], scratch);
+    } else {
+      attend_segment(o, items_[i], scratch);
+    }
+  }
+  if (merges_.empty()) return;
+  pool_.barrier();
+  for (size_t i = thread; i < merges_.size(); i += pool_.size()) merge_segments(o, merges_[i], scratch);
+}
+
+}  // namespace fallow
