@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 
 LONG = "Write a very long story about a farmer, a field and a horse."
-# login_tty makes the terminal on stdin this process's own: Ctrl-C then arrives as from a keyboard.
+# login_tty makes the terminal on stdin this process's own: Ctrl-C then arrives as from a keyboard. A child of a job in
+# the background inherits that SIGINT is ignored, and would not hear it.
 IN_TERMINAL = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.login_tty(0)
 os.execv(sys.executable, [sys.executable, "-m", "fallow", *sys.argv[1:]])
 """
@@ -34,28 +36,31 @@ class Terminal:
         os.close(slave)
         self.shown = ""
 
-    def read_until(self, text: str, *, seconds: float = 90) -> str:
+    def read_until(self, text: str, *, seconds: float = 300) -> str:
         """What was shown since the last call, to the end of ``text``."""
         ends = time.monotonic() + seconds
         while text not in self.shown:
-            assert time.monotonic() < ends, f"{text!r} was not shown, but {self.shown!r}"
-            if select.select([self.master], [], [], 0.2)[0]:
-                self.shown += self._read()
+            piece = self._read(ends)
+            assert piece, f"the command ended before it showed {text!r}, after {self.shown!r}"
+            self.shown += piece
         before, _, self.shown = self.shown.partition(text)
         return before + text
 
     def type(self, keys: str) -> None:
         os.write(self.master, keys.encode())
 
-    def close(self, *, seconds: float = 60) -> tuple[int, str]:
+    def close(self, *, seconds: float = 300) -> tuple[int, str]:
         """Waits for the end; the exit code and what was shown last."""
         ends = time.monotonic() + seconds
-        while piece := self._read():
+        while piece := self._read(ends):
             self.shown += piece
-            assert time.monotonic() < ends, self.shown
         return self.process.wait(seconds), self.shown
 
-    def _read(self) -> str:
+    def _read(self, ends: float) -> str:
+        """The next piece, or "" where the command has closed the terminal; fails where that takes too long."""
+        left = ends - time.monotonic()
+        if left <= 0 or not select.select([self.master], [], [], left)[0]:
+            pytest.fail(f"the command neither showed what was awaited nor ended in time; it showed {self.shown!r}")
         try:
             return os.read(self.master, 4096).decode(errors="replace")
         except OSError:  # the other side is closed
