@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 import threading
 import time
 import weakref
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from reference_runner import VOCAB_SIZE, ReferenceRunner, byte_tokenizer
 
 import fallow
@@ -18,6 +21,7 @@ from fallow.engine.constraint import Constraint
 from fallow.engine.engine import Engine, RequestDelta
 from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError, OverloadedError, RequestError
+from fallow.models.tokenizer import Tokenizer
 from fallow.plan import LayerRule, SparsityPlan
 
 TOKENIZER = byte_tokenizer()
@@ -210,6 +214,39 @@ def test_what_cannot_be_served_is_refused_at_once(start: Callable[..., Engine]) 
 def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(FallowError, match=next(iter(options))):
         Engine.over(ReferenceRunner(8), TOKENIZER, **options)
+
+
+class Fewer(ReferenceRunner):
+    """A runner whose model has so few tokens that the tokenizer must be another model's."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(8)
+        self.vocab_size = vocab_size
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    last = TOKENIZER.vocab_size - 1
+    Engine.over(Fewer(last + 1), TOKENIZER).close()
+    with pytest.raises(ValueError, match=rf"^The tokenizer of model can give the token {last} \(.*\.$"):
+        Engine.over(Fewer(last), TOKENIZER)
+    model = shutil.copytree(tiny_checkpoints["llama"], tmp_path / "mixed")
+    backend = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    backend.add_tokens(["another"])
+    backend.save(str(model / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"^The tokenizer of mixed can give .*'another'"):
+        Engine(model)
+
+
+def test_a_prompt_with_a_token_beyond_the_model_is_refused() -> None:
+    backend = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
+    backend.add_special_tokens(["<image>"])
+    tokenizer = Tokenizer(json.loads(backend.to_str()), bos_token_id=1, eos_token_ids=[2])
+    with Engine.over(Fewer(TOKENIZER.vocab_size), tokenizer) as engine:
+        for prompt in ("what is <image>?", tokenizer.encode("what is <image>?")):
+            with pytest.raises(RequestError, match="holds") as error:
+                engine.generate([prompt])
+            assert error.value.param == "prompt"
+        assert engine.generate("what is it?", GREEDY)[0].outputs[0].token_ids
 
 
 def test_a_plan_that_lets_something_rest_is_refused() -> None:

@@ -274,6 +274,30 @@ def test_text_that_is_no_unicode_is_refused(folder: Path) -> None:
         load_tokenizer(folder).encode("\ud800")
 
 
+def test_a_tokenizer_of_another_model_is_found_out(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.check_vocabulary(tokenizer.vocab_size, "m")
+    tokenizer.check_vocabulary(tokenizer.vocab_size + 64, "m")
+    with pytest.raises(ModelFileError, match=rf"of m can give the token {tokenizer.vocab_size - 1} .* beside"):
+        tokenizer.check_vocabulary(tokenizer.vocab_size - 1, "m")
+
+
+@pytest.mark.parametrize(("ends", "fits"), [("</s>", True), ("<beyond>", False)])
+def test_a_special_token_may_lie_beyond_the_model_if_no_text_needs_it(folder: Path, ends: str, fits: bool) -> None:
+    size = load_tokenizer(folder).vocab_size
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<beyond>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": ends}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("<beyond>", add_special_tokens=False) == [size]
+    if fits:
+        tokenizer.check_vocabulary(size, "m")
+        return
+    with pytest.raises(ModelFileError, match="'<beyond>'"):
+        tokenizer.check_vocabulary(size, "m")
+
+
 def test_no_chat_template_says_what_to_do(folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(FallowError, match="no chat template"):

@@ -33,6 +33,7 @@ def evaluate(
     path = fetch(model)
     with spinner(f"Loading {model}"):
         tokenizer, checkpoint = load_tokenizer(path), open_checkpoint(path)
+        tokenizer.check_vocabulary(checkpoint.config.vocab_size, model)
         context = min(window, longest_context(checkpoint.config.rope, checkpoint.config.max_position_embeddings))
         pages = -(-context // ModelRunner.page_size)
         runner = ModelRunner(checkpoint, precision=precision, threads=threads, num_pages=pages)

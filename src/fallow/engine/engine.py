@@ -94,6 +94,7 @@ class Engine:
         tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path)
         config = checkpoint.config
+        tokenizer.check_vocabulary(config.vocab_size, _name_of(model))
         context = longest_context(config.rope, config.max_position_embeddings)
         num_pages = kv_cache_pages(
             config,
@@ -143,6 +144,7 @@ class Engine:
         ``max_num_seqs + 32`` rows with logits.
         """
         _check_options(max_num_seqs, prefill_chunk, max_queue, max_context, speculation)
+        tokenizer.check_vocabulary(runner.vocab_size, model_name)
         engine = cls.__new__(cls)
         engine._begin(
             runner,
@@ -255,6 +257,13 @@ class Engine:
         vocab_size = self.runner.vocab_size
         if isinstance(prompt, str):
             ids: Sequence[int] = self.tokenizer.encode(prompt)
+            beyond = max(ids, default=0)
+            if beyond >= vocab_size:
+                raise RequestError(
+                    f"The prompt holds {self.tokenizer.token_text(beyond)!r:.40}, a token that this model cannot read: "
+                    "leave it out.",
+                    param="prompt",
+                )
         else:
             ids = prompt
             for token in ids:

@@ -66,6 +66,20 @@ class Tokenizer:
                 eos_token=self.token_text(min(self.eos_token_ids, default=None)),
             )
 
+    def check_vocabulary(self, vocab_size: int, model: str) -> None:
+        """Raise ``ModelFileError`` where this tokenizer does not belong to a model of ``vocab_size`` rows.
+
+        Special tokens of what is not served, such as Gemma 3's image token, may lie beyond the rows: no text needs
+        them, and a prompt that holds one is refused by itself.
+        """
+        needed = self.eos_token_ids | {self.bos_token_id}
+        for i in range(vocab_size, self.vocab_size):
+            if self.token_bytes[i] or i in needed:
+                raise ModelFileError(
+                    f"The tokenizer of {model} can give the token {i} ({self.token_text(i)!r:.40}), but the model has "
+                    f"only {vocab_size} tokens: put the tokenizer that the model was trained with beside its weights."
+                )
+
     def token_text(self, token_id: int | None) -> str:
         """The token as written in a prompt; special tokens too. An empty string for None."""
         if token_id is None or not 0 <= token_id < self.vocab_size:
