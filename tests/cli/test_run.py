@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ class Terminal:
         ends = time.monotonic() + seconds
         while text not in self.shown:
             piece = self._read(ends)
-            assert piece, f"the command ended before it showed {text!r}, after {self.shown!r}"
+            assert piece, f"the command ended before it showed {text!r}, after {self.shown[-500:]!r}"
             self.shown += piece
         before, _, self.shown = self.shown.partition(text)
         return before + text
@@ -60,7 +61,7 @@ class Terminal:
         """The next piece, or "" where the command has closed the terminal; fails where that takes too long."""
         left = ends - time.monotonic()
         if left <= 0 or not select.select([self.master], [], [], left)[0]:
-            pytest.fail(f"the command neither showed what was awaited nor ended in time; it showed {self.shown!r}")
+            pytest.fail(f"what was awaited was neither shown nor followed by the end; shown was {self.shown[-500:]!r}")
         try:
             return os.read(self.master, 4096).decode(errors="replace")
         except OSError:  # the other side is closed
@@ -119,9 +120,23 @@ def test_a_prompt_over_the_context_is_one_line_and_1(fallow, smollm2_gguf: Path)
     assert done.stderr.count("\n") == 1
 
 
+def test_a_model_without_a_chat_template_is_one_line_and_1(fallow, terminal, tiny_checkpoints, tmp_path: Path):
+    model = shutil.copytree(tiny_checkpoints["llama"], tmp_path / "plain")
+    (model / "tokenizer_config.json").unlink()
+    done = fallow("run", str(model), "hello")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("fallow: This model has no chat template: ")
+    assert done.stderr.count("\n") == 1
+    assert fallow("run", str(model), "hello", "--raw", "--max-tokens", "2").returncode == 0
+    code, shown = terminal("run", str(model)).close()
+    assert code == 1
+    assert "no chat template" in shown
+    assert "> " not in shown
+
+
 def test_ctrl_c_ends_one_answer_with_130(terminal, smollm2_gguf: Path):
     shell = terminal("run", str(smollm2_gguf), LONG, "--max-tokens", "4000")
-    shell.read_until(" the ")
+    shell.read_until(". ")
     shell.type("\x03")
     code, rest = shell.close()
     assert code == 130
@@ -146,7 +161,7 @@ def test_a_chat(terminal, smollm2_gguf: Path):
     assert "Ada" in shell.read_until("J/token").partition("sentence.")[2]
     shell.read_until("> ")
     shell.type(LONG + "\n")
-    shell.read_until(" the ")
+    shell.read_until(". ")
     shell.type("\x03")
     shell.read_until("J/token")
     shell.read_until("> ")

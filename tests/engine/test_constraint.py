@@ -227,6 +227,27 @@ def test_unknown_keywords_matter_when_strict() -> None:
     assert caught.value.param == "tools"
 
 
+@pytest.mark.parametrize("pattern", ["^(?=a)b$", "(?<!a)b", r"(a)\1", r"(?<x>a)\k<x>", r"\\\\(?!a)"])
+def test_patterns_that_are_not_regular_matter_when_strict(pattern: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"pattern": {"type": "string", "pattern": pattern}, "b": {"const": {"pattern": pattern}}},
+        "required": ["pattern", "b"],
+        "additionalProperties": False,
+    }
+    (loose,) = json.loads(Constraint.json_schema(schema, strict=False).grammar)["grammars"]
+    assert loose["json_schema"]["properties"] == {"pattern": {"type": "string"}, "b": {"const": {"pattern": pattern}}}
+    with pytest.raises(RequestError, match="regex"):
+        Constraint.json_schema(schema)
+    with pytest.raises(RequestError, match="regex"):
+        Constraint.json_schema({"type": "string", "pattern": "(a"}, strict=False)
+
+
+@pytest.mark.parametrize("pattern", [r"\(?=a", r"\\1", r"a{2}\d+"])
+def test_regular_patterns_count_in_any_case(pattern: str) -> None:
+    assert "pattern" in Constraint.json_schema({"type": "string", "pattern": pattern}, strict=False).grammar
+
+
 BAD_TOOLS: list[Any] = [
     [],
     "tools",

@@ -21,6 +21,7 @@ from fallow.engine.constraint import Constraint
 from fallow.engine.engine import Engine, RequestDelta
 from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError, OverloadedError, RequestError
+from fallow.models.chat_template import ChatTemplate
 from fallow.models.tokenizer import Tokenizer
 from fallow.plan import LayerRule, SparsityPlan
 
@@ -263,6 +264,14 @@ def test_a_plan_beside_the_weights_counts(tmp_path: Path) -> None:
 def test_chat_needs_a_template(start: Callable[..., Engine]) -> None:
     with pytest.raises(RequestError, match="chat template"):
         start().chat([{"role": "user", "content": "hi"}])
+
+
+def test_an_error_of_a_chat_names_its_messages(start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TOKENIZER, "chat_template", ChatTemplate("{{ messages[0].content }}"))
+    for text, reason in (("x" * 1000, "context"), ("\ud800", "tokenized"), ("", "empty")):
+        with pytest.raises(RequestError, match=reason) as error:
+            start().chat([{"role": "user", "content": text}])
+        assert error.value.param == "messages"
 
 
 def test_a_full_queue_refuses_and_recovers(start: Callable[..., Engine]) -> None:

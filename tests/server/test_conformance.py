@@ -255,10 +255,42 @@ def test_json_schema(client: openai.OpenAI, stream: bool) -> None:
     assert set(person["likes"]) <= {"tea", "coffee"}
 
 
+UNIQUE = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string", "pattern": "^(?=a).*$", "maxLength": 8},
+        "n": {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "minItems": 2, "maxItems": 3},
+    },
+    "required": ["id", "n"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("strict", [None, False])
+def test_json_schema_not_strict_follows_what_it_can(client: openai.OpenAI, strict: bool | None) -> None:
+    form = {"name": "x", "schema": UNIQUE} | ({} if strict is None else {"strict": strict})
+    answer = chat(client, max_tokens=200, response_format={"type": "json_schema", "json_schema": form}).choices[0]
+    assert answer.finish_reason == "stop"
+    value = json.loads(answer.message.content)
+    assert set(value) == {"id", "n"}
+    assert set(value["n"]) <= {1, 2}
+    assert 2 <= len(value["n"]) <= 3
+    assert len(value["id"]) <= 8
+
+
+def test_json_schema_strict_refuses_what_it_cannot_follow(client: openai.OpenAI) -> None:
+    for part, reason in (("n", "uniqueItems"), ("id", "look-ahead")):
+        schema = UNIQUE | {"properties": {part: UNIQUE["properties"][part]}, "required": [part]}
+        form = {"name": "x", "schema": schema, "strict": True}
+        with pytest.raises(openai.BadRequestError, match=reason) as caught:
+            chat(client, response_format={"type": "json_schema", "json_schema": form})
+        assert caught.value.param == "response_format"
+
+
 def test_json_object(client: openai.OpenAI) -> None:
     answer = chat(
         client,
-        messages=[{"role": "user", "content": 'Write this as JSON: name Ann, age 5. Like {"name": "Bob", "age": 7}'}],
+        messages=[{"role": "user", "content": 'Give me the JSON object {"name": "Ann"}.'}],
         max_tokens=200,
         response_format={"type": "json_object"},
     ).choices[0]
@@ -360,13 +392,19 @@ def test_fields_without_effect_are_accepted(client: openai.OpenAI) -> None:
         (
             {"messages": [{"role": "user", "content": "word " * 4000}]},
             openai.BadRequestError,
-            None,
+            "messages",
             "context_length_exceeded",
         ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}},
             openai.BadRequestError,
             "response_format",
+            None,
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": True}}},
+            openai.BadRequestError,
+            "response_format.json_schema.schema",
             None,
         ),
     ],

@@ -262,7 +262,9 @@ def test_a_prompt_over_the_context_is_refused(tiny: Any) -> None:
     ):
         answer = tiny.http.post(path, json=body)
         assert answer.status_code == 400
-        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        error = answer.json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert error["param"] == ("messages" if path == CHAT else "prompt")
 
 
 def test_a_body_over_the_limit_is_refused_with_and_without_a_length(tiny_server: Any) -> None:

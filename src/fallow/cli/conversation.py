@@ -89,8 +89,8 @@ class Conversation:
     def answer(self, text: str, on_text: Callable[[str], None], *, raw: bool = False) -> Answer:
         """Answer one message of the user, in pieces to ``on_text``; Ctrl-C ends the answer as ``cancelled``.
 
-        Raises RequestError where the engine refuses it (the history is then as it was) and FallowError where the
-        model has no chat template and ``raw`` is not set.
+        Raises RequestError where the engine refuses it (the history is then as it was) or where the model has no chat
+        template and ``raw`` is not set.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         answer = self._generate(self._prompt(messages, raw), on_text)
@@ -101,8 +101,6 @@ class Conversation:
         tokenizer = self.engine.tokenizer
         if raw:
             return tokenizer.encode(messages[-1]["content"])
-        if tokenizer.chat_template is None:
-            raise FallowError(f"{self.engine.model_name} has no chat template: use --raw with a PROMPT to continue")
         return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
     def _generate(self, prompt: list[int], on_text: Callable[[str], None]) -> Answer:
@@ -150,7 +148,11 @@ class Conversation:
 
 
 def chat(conversation: Conversation) -> None:
-    """Read messages and stream answers until /exit or the end of the input; Ctrl-C at the prompt is raised."""
+    """Read messages and stream answers until /exit or the end of the input; Ctrl-C at the prompt is raised.
+
+    Raises RequestError where the model has no chat template.
+    """
+    conversation.engine.tokenizer.needed_chat_template()
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() then edits lines and remembers them)
     note(f"{conversation.engine.model_name}: /reset forgets the conversation, /exit leaves, Ctrl-C stops an answer.")

@@ -23,6 +23,9 @@ MAX_GRAMMAR_CHARACTERS = 256 << 10
 MAX_TOOLS = 128
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # Some white space keeps the model in the style it was trained on; without a bound a small model may never leave it.
+# Look-around and back-references, which an automaton cannot follow.
+_NOT_REGULAR = re.compile(r"(?<!\\)(?:\\\\)*(?:\(\?<?[=!]|\\(?:[1-9]|k<))")
+_VALUES = ("const", "enum", "default", "examples")
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{0,24}"
 _JSON_OPTIONS: Any = {"whitespace_pattern": _WHITESPACE}
 _LIMITS = LLParserLimits(max_grammar_size=200_000, verbose_errors=False)
@@ -81,12 +84,11 @@ class Constraint:
         self.param = param
 
     @staticmethod
-    def json_schema(
-        schema: Mapping[str, Any] | bool, *, strict: bool = True, param: str = "response_format"
-    ) -> Constraint:
-        """JSON that a JSON Schema (draft 2020-12) describes; without ``strict``, keywords that are not known are
-        ignored instead of refused."""
-        text = _schema_text(schema, param)
+    def json_schema(schema: Mapping[str, Any], *, strict: bool = True, param: str = "response_format") -> Constraint:
+        """JSON that a JSON Schema (draft 2020-12) describes. Without ``strict``, what the grammar engine cannot hold
+        an answer to (a keyword or a format that it does not know, a pattern that is not regular) is ignored instead of
+        refused."""
+        text = _schema_text(schema, param, strict=strict)
         try:
             options: Any = {**_JSON_OPTIONS, "lenient": not strict}
             grammar = LLMatcher.grammar_from_json_schema(text, overrides=options)
@@ -114,8 +116,7 @@ class Constraint:
         """Calls of ``tools``, which are as in the API: ``{"type": "function", "function": {...}}``.
 
         Without ``required`` the answer is text in which the model may call tools; with it, calls and nothing else.
-        ``parallel`` allows more than one call. A function's ``strict`` decides whether keywords of its schema that are
-        not known are refused.
+        ``parallel`` allows more than one call. A function's ``strict`` is as in ``json_schema``, and off if not given.
         """
         functions = _functions(tools)
         if required:
@@ -220,18 +221,32 @@ def _parameters_text(name: str, function: Mapping[str, Any]) -> str:
         parameters = {}
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         raise RequestError(f"The parameters of the tool {name} must be a JSON schema of type object.", param="tools")
-    options = {**_JSON_OPTIONS, "lenient": function.get("strict") is not True}
-    return _schema_text({**parameters, "type": "object", "x-guidance": options}, "tools")
+    strict = function.get("strict") is True
+    options = {**_JSON_OPTIONS, "lenient": not strict}
+    return _schema_text({**parameters, "type": "object", "x-guidance": options}, "tools", strict=strict)
 
 
-def _schema_text(schema: object, param: str) -> str:
-    if not isinstance(schema, Mapping | bool):
+def _schema_text(schema: object, param: str, *, strict: bool) -> str:
+    if not isinstance(schema, Mapping):
         raise RequestError("A JSON schema must be an object.", param=param)
     try:
-        text = json.dumps(schema)
+        text = json.dumps(schema if strict else _without_irregular(schema))
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"The schema is not JSON: {_one_line(str(error))}.", param=param) from error
     return _bounded(text, param)
+
+
+def _without_irregular(schema: Any) -> Any:
+    """The schema without the patterns that no automaton can follow."""
+    if isinstance(schema, list | tuple):
+        return [_without_irregular(part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: part if key in _VALUES else _without_irregular(part)
+        for key, part in schema.items()
+        if not (key == "pattern" and isinstance(part, str) and _NOT_REGULAR.search(part))
+    }
 
 
 def _bounded(text: str, param: str) -> str:

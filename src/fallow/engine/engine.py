@@ -319,11 +319,11 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> RequestOutput:
         """Answer a conversation under the model's own chat template. Raises as ``generate``."""
-        text = self.tokenizer.apply_chat_template(messages, tools=tools)
         try:
+            text = self.tokenizer.apply_chat_template(messages, tools=tools)
             call = Call(self, self.tokenizer.encode(text, add_special_tokens=False), sampling_params)
         except RequestError as error:
-            if error.code == "context_length_exceeded":
+            if error.param == "prompt":
                 error.param = "messages"
             raise
         try:

@@ -117,14 +117,18 @@ class Tokenizer:
         return text[1:] if self._strip_space and text.startswith(" ") else text
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """``ChatTemplate.render``, or a ``RequestError`` that says what to do where the model has no template."""
+        """``ChatTemplate.render`` of ``needed_chat_template``."""
+        return self.needed_chat_template().render(messages, **options)
+
+    def needed_chat_template(self) -> ChatTemplate:
+        """The chat template, or a ``RequestError`` that says what to do where the model has none."""
         if self.chat_template is None:
             raise RequestError(
-                "This model has no chat template: send one text to /v1/completions, or put a chat_template.jinja "
-                "into the model's folder.",
+                "This model has no chat template: continue a text instead (/v1/completions, Engine.generate, "
+                "fallow run --raw), or put a chat_template.jinja into the model's folder.",
                 param="messages",
             )
-        return self.chat_template.render(messages, **options)
+        return self.chat_template
 
     def _literal(self) -> tokenizers.Tokenizer:
         """A second backend in which special tokens are plain text: the switch is a property of the whole object."""

@@ -91,7 +91,8 @@ class Service:
             try:
                 await generation.start(prepare)
             except FallowError as error:
-                raise from_engine(error, retry_after=self.settings.retry_after) from None
+                field = "messages" if isinstance(request, ChatCompletionRequest) else "prompt"
+                raise from_engine(error, retry_after=self.settings.retry_after, prompt_field=field) from None
             if not request.stream:
                 while batch := await generation.batch():
                     writer.collect(batch)

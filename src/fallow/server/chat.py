@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from fallow.engine.constraint import Constraint
 from fallow.engine.sampling import SamplingParams
-from fallow.errors import RequestError
 from fallow.server.generation import Generation
 from fallow.server.logprobs import chat_logprobs
 from fallow.server.requests import ChatCompletionRequest, NamedTool
@@ -30,9 +29,7 @@ def prepare_chat(engine: Engine, request: ChatCompletionRequest) -> tuple[list[l
 
     Raises ``ApiError`` or ``FallowError``.
     """
-    template = engine.tokenizer.chat_template
-    if template is None:
-        raise RequestError("This model has no chat template: use /v1/completions.", param="messages")
+    template = engine.tokenizer.needed_chat_template()
     tools = request.tools if request.tools and request.tool_choice != "none" else []
     knows_tools = "tools" in template.source
     messages = template_messages(request.messages, tools, template_knows_tools=knows_tools)

@@ -41,12 +41,16 @@ class ApiError(Exception):
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
-def from_engine(error: FallowError, *, retry_after: int) -> ApiError:
-    """The answer to a request that the engine, the template or the grammar refused."""
+def from_engine(error: FallowError, *, retry_after: int, prompt_field: str = "prompt") -> ApiError:
+    """The answer to a request that the engine, the template or the grammar refused.
+
+    ``prompt_field`` is the field of the request that the prompt was made from.
+    """
     if isinstance(error, OverloadedError):
         return ApiError(429, str(error), code="overloaded", headers={"retry-after": str(retry_after)})
     if isinstance(error, RequestError):
-        return ApiError(400, str(error), param=error.param, code=error.code)
+        param = prompt_field if error.param == "prompt" else error.param
+        return ApiError(400, str(error), param=param, code=error.code)
     return ApiError(400, str(error))
 
 

@@ -105,8 +105,10 @@ class Message(_Body):
 class JsonSchemaFormat(_Body):
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema", description="A JSON Schema.")
-    strict: bool | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="A JSON Schema.")
+    strict: bool | None = Field(
+        None, description="Refuse a schema that cannot be followed in all points; else those points are ignored."
+    )
 
 
 class ResponseFormat(_Body):
