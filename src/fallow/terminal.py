@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _CONTROLS = dict.fromkeys(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t")
+_FILE_COLUMNS = 200  # of a table in a file or a pipe, where nothing limits it
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how much is done, and how much there is in all, where that is known."""
@@ -22,7 +24,9 @@ def console(*, stderr: bool = False) -> Console:
     """A rich console; on stderr unless the text is the command's result."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _FILE_COLUMNS
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False, width=width)
 
 
 def note(text: str) -> None:
@@ -52,11 +56,35 @@ def print_fields(fields: Mapping[str, object]) -> None:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in fields.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        table.add_row(name.replace("_", " "), _cell(value))
     console().print(table)
+
+
+def print_table(columns: Mapping[str, Literal["left", "right"]], rows: Iterable[Sequence[object]]) -> None:
+    """An empty line, then rows under the names of their columns, each justified as it says, on stdout."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name, justify in columns.items():
+        table.add_column(name, justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*map(_cell, row))
+    shown = console()
+    shown.print()
+    shown.print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 @contextmanager

@@ -11,50 +11,55 @@ from fallow.errors import FallowError
 from fallow.models.tensors import Checkpoint, RawTensor, TensorType
 
 PRECISIONS = ("auto", "bf16", "q8", "q4")
+VOCABULARY = ("embed_tokens", "lm_head")
 KV_BYTES = 2  # keys and values are bfloat16
 
 
 @dataclass(frozen=True)
 class EngineForm:
-    """How the engine holds a matrix. ``bits`` a weight, scales and offsets included.
+    """How the engine holds a matrix. ``codes`` bits of a weight; ``bits`` with scales and offsets.
 
     ``head_bits`` come on top where the matrix is the head: the sums of the weights of each group.
     """
 
     name: str
+    codes: int
     bits: float
     head_bits: float = 0.0
 
 
-BF16 = EngineForm("bf16", 16.0)
-Q8_ROWS = EngineForm("8-bit codes, one scale a row", 8.0, 0.5)
+BF16 = EngineForm("bf16", 16, 16.0)
+Q8_GROUPS = EngineForm("8-bit groups of 32", 8, 9.5, 1.5)
 
 # What becomes of each storage type in its own precision. Codes of 5 and 6 bits are held in 8, the values unchanged.
 OWN_FORMS: Mapping[TensorType, EngineForm] = {
     TensorType.F32: BF16,
     TensorType.F16: BF16,
     TensorType.BF16: BF16,
-    TensorType.Q4_0: EngineForm("Q4_0", 4.5, 0.5),
-    TensorType.Q4_1: EngineForm("Q4_1", 5.0, 0.5),
-    TensorType.Q5_0: EngineForm("8-bit codes of the same values", 8.5, 0.5),
-    TensorType.Q5_1: EngineForm("8-bit codes of the same values", 9.0, 0.5),
-    TensorType.Q8_0: EngineForm("Q8_0", 8.5, 0.5),
-    TensorType.Q4_K: EngineForm("Q4_K", 5.5, 0.5),
-    TensorType.Q5_K: EngineForm("8-bit codes of the same values", 9.5, 0.5),
-    TensorType.Q6_K: EngineForm("8-bit codes of the same values", 10.0, 1.0),
+    TensorType.Q4_0: EngineForm("Q4_0", 4, 4.5, 1.0),
+    TensorType.Q4_1: EngineForm("Q4_1", 4, 5.0, 1.5),
+    TensorType.Q5_0: EngineForm("8-bit, same values", 8, 8.5, 1.0),
+    TensorType.Q5_1: EngineForm("8-bit, same values", 8, 9.0, 1.5),
+    TensorType.Q8_0: EngineForm("Q8_0", 8, 8.5, 1.0),
+    TensorType.Q4_K: EngineForm("Q4_K", 4, 5.5, 1.5),
+    TensorType.Q5_K: EngineForm("8-bit, same values", 8, 9.5, 1.5),
+    TensorType.Q6_K: EngineForm("8-bit, same values", 8, 10.0, 2.0),
 }
 
 
-def engine_form(type: TensorType, precision: str) -> EngineForm:
-    """What the engine holds a matrix of this storage type as. Raises ``FallowError`` for an unknown precision."""
+def engine_form(type: TensorType, precision: str, *, vocabulary: bool = False) -> EngineForm:
+    """What the engine holds a matrix of this storage type as; ``vocabulary``: the embeddings or the head.
+
+    Raises ``FallowError`` for an unknown precision.
+    """
     if precision not in PRECISIONS:
         raise FallowError(f"precision {precision!r} is not known: use one of {', '.join(PRECISIONS)}.")
     if precision == "bf16":
         return BF16
-    if precision == "q8":
-        return Q8_ROWS
+    if precision == "q8" and type is not TensorType.Q8_0:
+        return Q8_GROUPS
     if precision == "q4" and type.block_elements == 1:
-        return OWN_FORMS[TensorType.Q4_1]
+        return OWN_FORMS[TensorType.Q8_0 if vocabulary else TensorType.Q4_1]
     return OWN_FORMS[type]
 
 
@@ -152,10 +157,9 @@ def describe(checkpoint: Checkpoint, *, precision: str = "auto") -> ModelInfo:
 
 
 def _held_bytes(tensor: RawTensor, precision: str, *, is_head: bool) -> int:
-    form = engine_form(tensor.type, precision)
-    row_scales = 4 * tensor.shape[0] if form is Q8_ROWS else 0
+    form = engine_form(tensor.type, precision, vocabulary=tensor.name in VOCABULARY)
     extra = form.head_bits if is_head else 0.0
-    return int(tensor.elements * (form.bits + extra) / 8) + row_scales
+    return int(tensor.elements * (form.bits + extra) / 8)
 
 
 def _classes(tensors: Mapping[str, RawTensor], precision: str) -> tuple[TensorClass, ...]:
@@ -167,7 +171,8 @@ def _classes(tensors: Mapping[str, RawTensor], precision: str) -> tuple[TensorCl
     classes = []
     for (name, shape, type), members in groups.items():
         # Vectors become float32, which holds what any float type holds.
-        engine = engine_form(type, precision).name if len(shape) == 2 else "F32"
+        form = engine_form(type, precision, vocabulary=name in VOCABULARY)
+        engine = form.name if len(shape) == 2 else "F32"
         classes.append(
             TensorClass(
                 name=name,
