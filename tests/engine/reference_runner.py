@@ -158,6 +158,8 @@ class ReferenceRunner:
             order = np.argsort(-logprobs, kind="stable")[:most]
             token = self._draw(batch, row, logits)
             result.tokens[row] = token
+            if batch.sampling["logprobs"][row] < 0:
+                continue
             result.logprobs[row] = logprobs[token]
             result.top_tokens[row] = order
             result.top_logprobs[row] = logprobs[order]

@@ -99,6 +99,23 @@ def test_text_tokens_and_counts_agree(start: Callable[..., Engine]) -> None:
     assert (stats.prompt_tokens, stats.generated_tokens) == (5, 90)
 
 
+@pytest.mark.parametrize(("wanted", "asked"), [(None, -1), (0, 0), (3, 3)])
+def test_log_probabilities_are_computed_only_where_they_are_wanted(
+    start: Callable[..., Engine], wanted: int | None, asked: int
+) -> None:
+    rows: list[int] = []
+
+    class Noting(ReferenceRunner):
+        def step(self, batch: Any) -> Any:
+            rows.extend(batch.sampling["logprobs"].tolist())
+            return super().step(batch)
+
+    params = SamplingParams(max_tokens=4, ignore_eos=True, logprobs=wanted)
+    (output,) = start(runner=Noting(64)).generate("x", params)[0].outputs
+    assert set(rows) == {asked}
+    assert (output.logprobs is None) == (wanted is None)
+
+
 def test_choice_i_is_drawn_with_seed_plus_i(start: Callable[..., Engine]) -> None:
     engine = start()
     (together,) = engine.generate("hello", SamplingParams(max_tokens=8, n=3, seed=2**64 - 2))

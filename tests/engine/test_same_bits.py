@@ -35,7 +35,7 @@ def random_requests(vocab_size: int) -> list[tuple[list[int], SamplingParams]]:
             frequency_penalty=draw.choice([0.0, 0.0, 0.0, 0.4]),
             logit_bias=draw.choice([{}, {}, {5: 4.0, 9: -100.0}]),
             ignore_eos=draw.random() < 0.7,
-            logprobs=draw.choice([0, 0, 1, 5]),
+            logprobs=draw.choice([None, 0, 1, 5]),
             constraint=Constraint.regex("[a-f]{4,9}") if i % 16 == 5 else None,
         )
         requests.append((prompt, params))

@@ -18,7 +18,7 @@ SAMPLING_DTYPE = np.dtype(
         ("min_p", np.float32),  # 0: off
         ("repetition_penalty", np.float32),  # 1: off
         ("top_k", np.int32),  # 0: off
-        ("logprobs", np.int32),  # how many of the most likely tokens to return
+        ("logprobs", np.int32),  # how many of the most likely tokens to return; below 0: no log-probability at all
         ("seed", np.uint64),
         ("draw", np.uint64),  # index of the token in its output: (seed, draw) fixes the random number
     ]
@@ -53,7 +53,13 @@ class StepBatch:
 
 @dataclass
 class StepResult:
-    """The sampled token of each of the R rows and its log-probability under the unmodified logits."""
+    """The sampled token of each of the R rows and its log-probability under the unmodified logits.
+
+    A row with ``sampling["logprobs"] < 0`` asked for none, which spares a pass over its logits: its entry of
+    ``logprobs`` is 0 and means nothing. Entries beyond the ``sampling["logprobs"]`` that a row asked for are -1 in
+    ``top_tokens`` and minus infinity in ``top_logprobs``. Where the logits allow no token, the token is 0 and its
+    log-probability is not a number.
+    """
 
     tokens: Int32  # [R]
     logprobs: Float32  # [R]

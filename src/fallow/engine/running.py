@@ -173,7 +173,7 @@ class RunningSet:
             params.min_p,
             params.repetition_penalty,
             max(params.top_k, 0),
-            params.logprobs or 0,
+            -1 if params.logprobs is None else params.logprobs,
             sequence.seed,
             sequence.num_generated,
         )
