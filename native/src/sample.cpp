@@ -145,9 +145,9 @@ void top_candidates(const float* x, int n, size_t count, float least, std::vecto
 int draw_token(const SamplingRow& p, const float* x, int n, float peak, std::vector<Candidate>& candidates) {
   const float factor = 1.f / p.temperature;
   const double u = uniform(p.seed, p.draw);
-  // Below this a token's probability is 0 in float32, or less than min-p asks for.
-  float least = peak - 80.f * p.temperature;
-  if (p.min_p > 0.f) least = std::max(least, peak + p.temperature * std::log(p.min_p));
+  // Below `possible` a token's probability is 0 in float32, below `least` it is that or less than min-p asks for.
+  const float possible = peak - 80.f * p.temperature;
+  const float least = p.min_p > 0.f ? std::max(possible, peak + p.temperature * std::log(p.min_p)) : possible;
   const bool all = p.top_k <= 0 && p.top_p >= 1.f && p.min_p <= 0.f;
   if (all) {
     const double target = u * exp_sum(x, n, peak, factor);
@@ -170,16 +170,17 @@ int draw_token(const SamplingRow& p, const float* x, int n, float peak, std::vec
     }
     return first_at(x, n, peak);
   }
-  // The total before top-p is over what top-k left; without top-k it is over the whole row.
+  // The total before top-p is over what top-k left, min-p or not; without top-k it is over the whole row.
   double total = 0;
   size_t keep = 0;
   if (p.top_k > 0) {
-    top_candidates(x, n, std::min<size_t>(p.top_k, n), least, candidates);
+    top_candidates(x, n, std::min<size_t>(p.top_k, n), p.top_p < 1.f ? possible : least, candidates);
     keep = candidates.size();
     for (const auto& c : candidates) total += exp_negative((c.first - peak) * factor);
     if (p.top_p < 1.f) {
       double mass = 0;
       for (keep = 0; keep < candidates.size() && mass < p.top_p * total; ++keep) mass += exp_negative((candidates[keep].first - peak) * factor);
+      while (keep > 0 && candidates[keep - 1].first < least) --keep;
     }
   } else if (p.top_p < 1.f) {
     total = exp_sum(x, n, peak, factor);

@@ -3,7 +3,7 @@
 // Log-probabilities are of the unmodified logits at temperature 1. Then come, in this order: repetition penalty
 // (positive logits divided, negative multiplied), additive edits, the mask of allowed tokens, and either the largest
 // logit (temperature below 1e-5; the lowest id among equals) or temperature, top-k, top-p and min-p and one draw by inverse
-// distribution function over the remaining tokens, most likely first.
+// distribution function over the remaining tokens: by id where none of the three is on, most likely first otherwise.
 #pragma once
 #include <cstddef>
 #include <cstdint>
