@@ -36,8 +36,8 @@ format: .venv-test/.installed  ## mend what ruff can mend
 bench: .venv/.installed  ## the cost table, ours and every peer, in one run
 	.venv/bin/fallow bench --peer llama.cpp --peer openvino --peer vllm --peer transformers $(BENCH_ARGS)
 
-sanitize:  ## the native tests under AddressSanitizer and UBSan
-	native/sanitize.sh
+sanitize: .venv-test/.installed  ## the native tests under AddressSanitizer and UBSan
+	PYTHON=.venv-test/bin/python native/sanitize.sh
 
 clean:  ## back to a fresh clone
 	rm -rf .venv .venv-test build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
