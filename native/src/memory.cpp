@@ -5,6 +5,10 @@
 #include <algorithm>
 #include <new>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
@@ -25,13 +29,13 @@ void permit(const uint8_t*, size_t) {}
 
 }  // namespace
 
-Memory::Memory(size_t bytes) : bytes_(bytes) {
+Memory::Memory(size_t bytes, Pages pages) : bytes_(bytes) {
   if (bytes == 0) return;
   void* p = mmap(nullptr, bytes + 2 * guard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
-  // Weights are streamed once a step: huge pages spare the walks of the page table.
-  if (bytes >= (size_t{4} << 20)) madvise(p, bytes, MADV_HUGEPAGE);
+  // Weights are streamed once a step: large pages spare the walks of the page table.
+  if (pages == Pages::large && bytes >= (size_t{4} << 20)) madvise(p, bytes, MADV_HUGEPAGE);
 #endif
   data_ = static_cast<uint8_t*>(p) + guard;
   forbid(data_ - guard, guard);
@@ -56,6 +60,19 @@ uint8_t* Arena::take(size_t bytes) {
   used_ += bytes;
   forbid(p + wanted, bytes - wanted);
   return p;
+}
+
+void Arena::trim() {
+  constexpr size_t page = 4096;
+  if (blocks_.empty()) return;
+  const size_t used = (used_ + page - 1) / page * page;
+  if (used < blocks_.back().size()) madvise(blocks_.back().data() + used, blocks_.back().size() - used, MADV_DONTNEED);
+}
+
+void release_free_memory() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
 }
 
 }  // namespace fallow

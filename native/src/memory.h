@@ -7,10 +7,12 @@
 
 namespace fallow {
 
+enum class Pages { large, small };
+
 class Memory {
  public:
   Memory() = default;
-  explicit Memory(size_t bytes);  // throws std::bad_alloc
+  explicit Memory(size_t bytes, Pages pages = Pages::large);  // throws std::bad_alloc
   ~Memory();
   Memory(Memory&& other) noexcept { *this = std::move(other); }
   Memory& operator=(Memory&& other) noexcept {
@@ -35,10 +37,13 @@ class Memory {
 class Arena {
  public:
   uint8_t* take(size_t bytes);  // 64-byte aligned, zeroed; throws std::bad_alloc
+  void trim();                  // nothing more will be taken: what large pages hold beyond it goes back
 
  private:
   std::vector<Memory> blocks_;
   size_t used_ = 0;  // of the last block
 };
+
+void release_free_memory();  // blocks that malloc keeps for later go back to the system
 
 }  // namespace fallow

@@ -1,6 +1,7 @@
 // Python's view of the native core.
 #include "bind_kernels.h"
 #include "bind_sample.h"
+#include "memory.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -40,6 +41,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Kernels, programs and the executor of the Fallow engine.";
   m.def("available_isas", &fallow::available_isas, "Instruction sets that this CPU runs, best first.");
   m.def("usable_cores", &fallow::usable_cores, "Physical cores that this process may use.");
+  m.def("release_free_memory", &fallow::release_free_memory, "Gives memory that malloc keeps for later back to the system.");
   m.attr("page_size") = fallow::page_size;
   fallow::bind_program(m);
   auto kernels = m.def_submodule("kernels", "Single kernels, for tests.");

@@ -151,10 +151,15 @@ void Program::finish(int logits_buffer) {
   logits_ = logits_buffer;
   (void)buffers_.at(logits_buffer);
   const auto rows_of = [&](int k) { return static_cast<size_t>(k == 1 ? limits_.max_logit_rows : limits_.max_tokens); };
-  for (size_t b = 0; b < buffers_.size(); ++b) buffers_[b].memory = Memory(rows_of(buffer_kind[b]) * buffers_[b].stride * sizeof(float));
+  for (size_t b = 0; b < buffers_.size(); ++b) {
+    // Of the logits mostly a few rows are written: large pages would take memory for many.
+    const Pages pages = static_cast<int>(b) == logits_ ? Pages::small : Pages::large;
+    buffers_[b].memory = Memory(rows_of(buffer_kind[b]) * buffers_[b].stride * sizeof(float), pages);
+  }
   for (size_t a = 0; a < activations_.size(); ++a) {
     activations_[a].memory = Memory(rows_of(activation_kind[a]) * activations_[a].format.row_bytes());
   }
+  arena_.trim();
   pool_memory_ = Memory(page_bytes() * limits_.num_pages);
   const size_t padded_dim = layout_.padded_dim();
   queries_ = Memory(limits_.max_tokens * layout_.num_heads * padded_dim * sizeof(uint16_t));

@@ -1,10 +1,12 @@
 """Kernels, programs and the executor of the Fallow engine (native/src)."""
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 _Source = tuple[str, npt.NDArray[np.uint8]]
 _Floats = npt.NDArray[np.float32]
@@ -24,6 +26,7 @@ page_size: int
 
 def available_isas() -> list[str]: ...
 def usable_cores() -> int: ...
+def release_free_memory() -> None: ...
 
 class Program:
     def __init__(

@@ -98,9 +98,14 @@ def test_what_the_package_writes(tmp_path: Path) -> None:
         "matrix": (TensorType.Q8_0, (3, 32)),
         "half": (TensorType.F16, (3, 32)),
     }
-    assert np.array_equal(file.read(file.tensors["vector"]).view(np.float32), matrix[:1])
-    assert np.array_equal(file.read(file.tensors["matrix"]), gguf.quants.quantize(matrix, kind))
-    assert np.array_equal(file.read(file.tensors["half"]).view(np.float16), matrix)
+    assert np.array_equal(file.tensors["vector"].read().view(np.float32), matrix[:1])
+    assert np.array_equal(file.tensors["matrix"].read(), gguf.quants.quantize(matrix, kind))
+    assert np.array_equal(file.tensors["half"].read().view(np.float16), matrix)
+    without = GgufFile(path, texts=False)
+    texts = {key for key, value in values.items() if isinstance(value, list) and isinstance(value[0], str)}
+    assert texts
+    assert without.metadata == {key: value for key, value in file.metadata.items() if key not in texts}
+    assert without.tensors.keys() == file.tensors.keys()
 
 
 def test_the_real_file(smollm2_gguf: Path, smollm2_reader: gguf.GGUFReader) -> None:
@@ -138,7 +143,7 @@ def test_a_header_longer_than_the_window(opened: Opened) -> None:
     assert file.metadata["words"] == words
     assert file.metadata["long"] == "ä" * (1 << 20)
     assert file.metadata["numbers"] == list(range(1 << 19))
-    assert file.read(file.tensors["x"]).view("<f4").tolist() == [[1, 2, 3, 4]]
+    assert file.tensors["x"].read().view("<f4").tolist() == [[1, 2, 3, 4]]
 
 
 def test_a_file_is_closed_with_its_last_reader(opened: Opened) -> None:

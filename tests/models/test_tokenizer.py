@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fallow.errors import FallowError, ModelFileError
 from fallow.models.gguf_tokenizer import tokenizer_from_gguf
+from fallow.models.token_bytes import TokenBytes
 from fallow.models.tokenizer import Tokenizer, load_tokenizer
 
 SAMPLES = [
@@ -226,6 +227,17 @@ def test_token_bytes_join_to_the_text(folder: Path) -> None:
     assert len(tokenizer.token_bytes) == tokenizer.vocab_size
 
 
+def test_token_bytes_are_a_sequence() -> None:
+    pieces = [b"a", b"", b"\xff\x00", b"three"]
+    tokens = TokenBytes(pieces)
+    assert list(tokens) == pieces == tokens[:] == [tokens[i] for i in range(4)]
+    assert tokens[1:3] == pieces[1:3]
+    assert tokens == TokenBytes(pieces) != TokenBytes(pieces[:3])
+    for index in (-1, 4):
+        with pytest.raises(IndexError):
+            tokens[index]
+
+
 def test_decode_matches_the_library_on_any_ids(byte_level: tokenizers.Tokenizer, folder: Path) -> None:
     tokenizer, rng = load_tokenizer(folder), random.Random(1)
     for _ in range(300):
@@ -394,7 +406,7 @@ def small(document: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
 def test_mutated_tokenizer_json(kind: str, byte_level: tokenizers.Tokenizer, tmp_path: Path) -> None:
     base = json.loads(byte_level.to_str()) if kind == "byte_level" else None
-    document = small(base or tokenizer_from_gguf(sentencepiece_metadata()).document)
+    document = small(base or json.loads(json.dumps(tokenizer_from_gguf(sentencepiece_metadata()).document)))
     document["post_processor"] = copy.deepcopy(BOS_BEFORE)
     rng, file, loaded = random.Random(7), tmp_path / "tokenizer.json", 0
     for i in range(1500):

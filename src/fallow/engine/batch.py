@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-Int32 = npt.NDArray[np.int32]
-Float32 = npt.NDArray[np.float32]
-UInt32 = npt.NDArray[np.uint32]
+from fallow.arrays import Float32, Int32, UInt32
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 
 SAMPLING_DTYPE = np.dtype(
     [

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from fallow.arrays import UInt32
 from fallow.errors import RequestError
 from fallow.models.tokenizer import Tokenizer
 
@@ -155,7 +155,7 @@ class ConstraintState:
         self._param = param
         self._check()
 
-    def mask(self) -> npt.NDArray[np.uint32]:
+    def mask(self) -> UInt32:
         """The tokens that may come next, one bit each, least significant first: uint32 [ceil(vocab_size / 32)].
 
         An end-of-sequence token is among them exactly when the grammar is satisfied. Raises ``RequestError`` where the

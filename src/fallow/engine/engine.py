@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import uuid
@@ -12,10 +13,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fallow.engine.call import Call
-from fallow.engine.constraint import GrammarVocabulary
 from fallow.engine.detokenize import Detokenizer
 from fallow.engine.loop import Runner, StepLoop
 from fallow.engine.memory import kv_cache_pages
@@ -40,6 +40,9 @@ from fallow.models.config import ModelConfig
 from fallow.models.store import resolve
 from fallow.models.tokenizer import Tokenizer, load_tokenizer
 from fallow.plan import SparsityPlan
+
+if TYPE_CHECKING:
+    from fallow.engine.constraint import GrammarVocabulary
 
 __all__ = [
     "CompletionOutput",
@@ -89,10 +92,14 @@ class Engine:
         if plan is None and (path / "plan.json").is_file():
             plan = SparsityPlan.load(path / "plan.json")
             plan.require_dense()
-        from fallow.engine.runner import ModelRunner  # noqa: PLC0415  loads the native core, which ``over`` does not need
+        # The native core is loaded here: ``over`` does not need it.
+        from fallow import _native  # noqa: PLC0415
+        from fallow.engine.runner import ModelRunner  # noqa: PLC0415
 
-        tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path)
+        tokenizer = load_tokenizer(path)
+        gc.collect()
+        _native.release_free_memory()  # tens of megabytes, of which the tokenizer was made: the weights come next
         config = checkpoint.config
         tokenizer.check_vocabulary(config.vocab_size, _name_of(model))
         context = longest_context(config.rope, config.max_position_embeddings)
@@ -112,6 +119,7 @@ class Engine:
             max_step_sequences=max_num_seqs + (DRAFT_ROWS if speculation else 0),
             plan=plan,
         )
+        _native.release_free_memory()
         self._begin(
             runner,
             tokenizer,
@@ -286,6 +294,8 @@ class Engine:
     def _grammar_vocabulary(self) -> GrammarVocabulary:
         with self._grammars_lock:
             if self._grammars is None:
+                from fallow.engine.constraint import GrammarVocabulary  # noqa: PLC0415  6 MB that most engines do without
+
                 self._grammars = GrammarVocabulary(self.tokenizer, self.runner.vocab_size)
             return self._grammars
 

@@ -7,7 +7,6 @@ vLLM, PagedAttention, arXiv 2309.06180).
 
 from __future__ import annotations
 
-import hashlib
 import os
 from array import array
 from collections import Counter
@@ -25,7 +24,7 @@ class PageManager:
 
     def __init__(self, num_pages: int, page_size: int, *, keep_unused: bool = True) -> None:
         self.num_pages = num_pages
-        self._keep_unused = keep_unused
+        self.keep_unused = keep_unused
         self.page_size = page_size
         self._key = os.urandom(32)
         self._references = [0] * num_pages
@@ -52,11 +51,13 @@ class PageManager:
 
     def chain(self, digests: list[bytes], tokens: array[int], salt: bytes = b"") -> None:
         """Extend ``digests`` to all full pages of ``tokens``; prefixes with different salts are never shared."""
+        from hashlib import blake2b  # noqa: PLC0415  OpenSSL takes 3 MB, and not every process shares prefixes
+
         size = self.page_size
         for start in range(len(digests) * size, len(tokens) - size + 1, size):
             previous = digests[-1] if digests else salt
             page = tokens[start : start + size].tobytes()
-            digests.append(hashlib.blake2b(previous + page, digest_size=32, key=self._key).digest())
+            digests.append(blake2b(previous + page, digest_size=32, key=self._key).digest())
 
     def lookup(self, digests: Sequence[bytes], limit: int) -> list[int]:
         """The pages that hold the longest prefix there is of the first ``limit`` pages; nothing is taken."""
@@ -102,7 +103,7 @@ class PageManager:
         for page in reversed(pages):
             self._references[page] -= 1
             if not self._references[page]:
-                if not self._keep_unused:
+                if not self.keep_unused:
                     self._forget(page)
                 if self._digests[page] is None:
                     self._free.append(page)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from fallow import _native
+from fallow.arrays import Bytes
 from fallow.engine.rope import rope_table
 from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize
@@ -75,7 +75,7 @@ class ProgramBuilder:
             return ("Q8_0" if vocabulary else "Q4_1"), "own"
         return tensor.type.name, "own"
 
-    def _source(self, tensor: RawTensor, vocabulary: bool) -> tuple[str, npt.NDArray[np.uint8]]:
+    def _source(self, tensor: RawTensor, vocabulary: bool) -> tuple[str, Bytes]:
         stored, _ = self._kind(tensor, vocabulary)
         if stored in ("any", tensor.type.name):
             return tensor.type.name, np.ascontiguousarray(tensor.read())

@@ -6,15 +6,13 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
+from fallow.arrays import Float32, Float64
 from fallow.errors import ModelFileError
 from fallow.models.config import RopeConfig
 
-Frequencies = npt.NDArray[np.float64]
 
-
-def rope_table(rope: RopeConfig, positions: int) -> npt.NDArray[np.float32]:
+def rope_table(rope: RopeConfig, positions: int) -> Float32:
     """Cosines, then sines, of every position: float32 ``[positions, rotary_dim]``.
 
     Raises ``ModelFileError`` where the scaling is unknown or lacks a number.
@@ -41,9 +39,9 @@ def longest_context(rope: RopeConfig, max_position_embeddings: int) -> int:
     return max_position_embeddings
 
 
-def _frequencies(rope: RopeConfig, positions: int) -> tuple[Frequencies, float]:
+def _frequencies(rope: RopeConfig, positions: int) -> tuple[Float64, float]:
     base = rope.theta ** -(np.arange(0, rope.rotary_dim, 2, dtype=np.float64) / rope.rotary_dim)
-    scalings: dict[str, Callable[[], tuple[Frequencies, float]]] = {
+    scalings: dict[str, Callable[[], tuple[Float64, float]]] = {
         "none": lambda: (base, 1.0),
         "dynamic": lambda: (base, 1.0),
         "linear": lambda: (base / _number(rope, "factor"), 1.0),
@@ -63,7 +61,7 @@ def _number(rope: RopeConfig, name: str, default: float | None = None) -> float:
     return float(value)
 
 
-def _llama3(rope: RopeConfig, base: Frequencies) -> Frequencies:
+def _llama3(rope: RopeConfig, base: Float64) -> Float64:
     """Llama 3.1: long wavelengths are stretched, short ones kept, those between blended."""
     original = _number(rope, "original_max_position_embeddings")
     low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
@@ -72,7 +70,7 @@ def _llama3(rope: RopeConfig, base: Frequencies) -> Frequencies:
     return (1 - smooth) * base / factor + smooth * base
 
 
-def _yarn(rope: RopeConfig, base: Frequencies) -> tuple[Frequencies, float]:
+def _yarn(rope: RopeConfig, base: Float64) -> tuple[Float64, float]:
     """YaRN (arXiv 2309.00071, section 3.2 and 3.4): by-parts interpolation and a temperature on the logits."""
     factor = _number(rope, "factor")
     original = _number(rope, "original_max_position_embeddings")
@@ -98,7 +96,7 @@ def _yarn(rope: RopeConfig, base: Frequencies) -> tuple[Frequencies, float]:
     return frequencies, magnitude(1.0)
 
 
-def _longrope(rope: RopeConfig, base: Frequencies, positions: int) -> tuple[Frequencies, float]:
+def _longrope(rope: RopeConfig, base: Float64, positions: int) -> tuple[Float64, float]:
     """LongRoPE (arXiv 2402.13753): searched factors a frequency, one set for short and one for long contexts."""
     original = _number(rope, "original_max_position_embeddings")
     name = "long_factor" if positions > original else "short_factor"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from fallow import _native
+from fallow.arrays import Float32, Int32
 from fallow.engine.batch import SAMPLING_DTYPE, StepBatch, StepResult
 from fallow.engine.program import ProgramBuilder, layout_of
 from fallow.engine.rope import longest_context
 from fallow.errors import FallowError, ModelFileError
 from fallow.models.tensors import Checkpoint
 from fallow.plan import SparsityPlan
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Precision = Literal["auto", "bf16", "q8", "q4"]
 PRECISIONS: tuple[Precision, ...] = ("auto", "bf16", "q8", "q4")
@@ -114,11 +118,11 @@ class ModelRunner:
         )
         return StepResult(tokens, logprobs, top_tokens, top_logprobs)
 
-    def logits(self, tokens: npt.ArrayLike, *, chunk: int = 512) -> npt.NDArray[np.float32]:
+    def logits(self, tokens: npt.ArrayLike, *, chunk: int = 512) -> Float32:
         """Logits after each token, float32 ``[T, vocab]``. Uses the pages from 0 on: not beside ``step``."""
         return np.concatenate([self._program.logits(rows) for rows, _ in self._passes(tokens, chunk)])
 
-    def score(self, tokens: npt.ArrayLike, *, chunk: int = 512) -> npt.NDArray[np.float32]:
+    def score(self, tokens: npt.ArrayLike, *, chunk: int = 512) -> Float32:
         """Log-probability of each token after the first, float32 ``[T - 1]``. Not beside ``step``, as ``logits``."""
         ids = np.asarray(tokens, np.int32)
         scores = np.empty(max(ids.size - 1, 0), np.float32)
@@ -150,8 +154,9 @@ class ModelRunner:
         del self._program
 
 
-def _centring_tokens(vocab_size: int, length: int) -> npt.NDArray[np.int32]:
+def _centring_tokens(vocab_size: int, length: int) -> Int32:
     """Sequences of ``length`` tokens over which activations are centred before they are rounded: always the same ones,
     so that bits are too."""
-    tokens = np.random.default_rng(0).integers(0, vocab_size, CENTRING_TOKENS)
-    return tokens[: CENTRING_TOKENS // length * length].astype(np.int32)
+    chosen = random.Random(0)
+    tokens = [chosen.randrange(vocab_size) for _ in range(CENTRING_TOKENS // length * length)]
+    return np.array(tokens, np.int32)

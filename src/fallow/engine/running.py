@@ -7,13 +7,16 @@ the first slots: nothing is built and nothing copied.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from fallow.engine.batch import SAMPLING_DTYPE, Int32, StepBatch
+from fallow.arrays import Int32
+from fallow.engine.batch import SAMPLING_DTYPE, StepBatch
 from fallow.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 T = TypeVar("T", bound=np.generic)
 Chunk = tuple[Sequence, int]
@@ -117,7 +120,7 @@ class RunningSet:
     def _mixed(self, chunks: Seq[Chunk], drafts: Seq[Seq[int]] | None) -> tuple[StepBatch, list[Sequence]]:
         decoding = len(self.sequences)
         lengths = np.ones(decoding, np.int32)
-        parts: list[npt.NDArray[np.int32]] = [self._tokens[:decoding]]
+        parts: list[Int32] = [self._tokens[:decoding]]
         sampled = self.sequences
         if drafts is not None:
             lengths += np.fromiter(map(len, drafts), np.int32, decoding)

@@ -163,8 +163,8 @@ class Scheduler:
     def _admit(self, sequence: Sequence, computing: set[bytes]) -> bool:
         """Give a sequence all pages of the tokens it has, shared ones as far as there are any."""
         pages, count = self.pages, len(sequence.tokens)
-        pages.chain(sequence.digests, sequence.tokens, sequence.request.salt)
-        limit = (count - 1) // pages.page_size  # the last token is computed in any case
+        self._name_pages(sequence)
+        limit = min((count - 1) // pages.page_size, len(sequence.digests))  # the last token is computed in any case
         shared = pages.lookup(sequence.digests, limit)
         # A page that another sequence computes right now is worth waiting for: choices of one request, equal prompts.
         if len(shared) < limit and sequence.digests[len(shared)] in computing:
@@ -194,11 +194,17 @@ class Scheduler:
         if sequence.lookup is not None:
             self.running.drafting += change
 
+    def _name_pages(self, sequence: Sequence) -> None:
+        """Digests of the full pages of a sequence, unless nobody could share them."""
+        if self.pages.keep_unused or len(sequence.request.sequences) > 1:
+            self.pages.chain(sequence.digests, sequence.tokens, sequence.request.salt)
+
     def _register(self, sequence: Sequence, computed: int) -> None:
         """Make the full pages of the first ``computed`` tokens known to the prefix index."""
         full = computed // self.pages.page_size
         if full > len(sequence.digests):
-            self.pages.chain(sequence.digests, sequence.tokens, sequence.request.salt)
+            self._name_pages(sequence)
+        full = min(full, len(sequence.digests))
         for i in range(sequence.registered, full):
             self.pages.register(sequence.pages[i], sequence.digests[i])
         sequence.registered = max(sequence.registered, full)

@@ -5,18 +5,21 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from fallow.engine.batch import Float32, Int32
-from fallow.engine.constraint import ConstraintState
+from fallow.arrays import Float32, Int32
 from fallow.engine.detokenize import Detokenizer
 from fallow.engine.outputs import FinishReason, RequestDelta, TokenLogprob
 from fallow.engine.sampling import SamplingParams
 from fallow.engine.speculate import PromptLookup
 from fallow.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from fallow.engine.constraint import ConstraintState
 
 T = TypeVar("T", bound=np.generic)
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from fallow.arrays import Float32
 from fallow.errors import FallowError
 from fallow.evaluate.text import undo_wikitext_marks
 from fallow.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 DEFAULT_WINDOW = 1024
 
@@ -24,7 +27,7 @@ class Scorer(Protocol):
 
     max_context: int
 
-    def score(self, tokens: npt.ArrayLike) -> npt.NDArray[np.float32]: ...
+    def score(self, tokens: npt.ArrayLike) -> Float32: ...
 
 
 @dataclass(frozen=True)

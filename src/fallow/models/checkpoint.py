@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from fallow.arrays import Bytes
 from fallow.errors import ModelFileError
 from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize_rows
@@ -17,7 +17,7 @@ from fallow.models.hf_config import config_from_hf
 from fallow.models.safetensors import SafetensorsTensor, has_safetensors, open_safetensors, read_json
 from fallow.models.tensors import Checkpoint, RawTensor, TensorType
 
-Read = Callable[[], npt.NDArray[np.uint8]]
+Read = Callable[[], Bytes]
 
 _FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
 
@@ -124,7 +124,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    file = GgufFile(path)
+    file = GgufFile(path, texts=False)
     config = config_from_gguf(file)
     shapes = expected_shapes(config)
     names = {name: _file_name(name, "blk", _GGUF_MODEL, _GGUF_LAYER) for name in shapes}
@@ -134,20 +134,20 @@ def _open_gguf(path: Path) -> Checkpoint:
     for name, shape in shapes.items():
         tensor = file.tensors[names[name]]
         _check(path, tensor.name, tensor.type, tensor.shape, shape)
-        tensors[name] = RawTensor(name, tensor.type, shape, _gguf_read(file, tensor, name, config))
+        tensors[name] = RawTensor(name, tensor.type, shape, _gguf_read(tensor, name, config))
     return Checkpoint(path, "gguf", config, tensors)
 
 
-def _gguf_read(file: GgufFile, tensor: GgufTensor, name: str, config: ModelConfig) -> Read:
+def _gguf_read(tensor: GgufTensor, name: str, config: ModelConfig) -> Read:
     projection = name.removesuffix(".bias").rpartition(".")[2]
     # llama.cpp's converter reorders these rows so that RoPE rotates neighbours; of this family only.
     if config.architecture != "llama" or projection not in ("q_proj", "k_proj"):
-        return lambda: file.read(tensor)
+        return tensor.read
     rows = np.arange(tensor.shape[0]).reshape(-1, config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
     if len(tensor.shape) == 2:
-        return lambda: file.read(tensor)[rows]
+        return lambda: tensor.read()[rows]
     item = tensor.type.block_bytes
-    return lambda: file.read(tensor).reshape(-1, item)[rows].reshape(1, -1)
+    return lambda: tensor.read().reshape(-1, item)[rows].reshape(1, -1)
 
 
 def _open_folder(path: Path) -> Checkpoint:

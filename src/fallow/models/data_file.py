@@ -8,8 +8,8 @@ import weakref
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from fallow.arrays import Bytes
 from fallow.errors import ModelFileError
 
 
@@ -35,7 +35,7 @@ class DataFile:
             raise ModelFileError(f"{path} is not a file: name a GGUF file or a model folder.")
         self.size = status.st_size
 
-    def read(self, offset: int, count: int) -> npt.NDArray[np.uint8]:
+    def read(self, offset: int, count: int) -> Bytes:
         """``count`` bytes from ``offset``, uint8 ``[count]``; raises ``ModelFileError`` where they are not there."""
         assert offset >= 0
         assert count >= 0

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fallow.arrays import Bytes
 from fallow.errors import ModelFileError
 from fallow.models.data_file import DataFile
 from fallow.models.tensors import TensorType
@@ -68,11 +68,12 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies: ``shape`` is row-major, ``offset`` counts from the start of the file."""
+    """A tensor in an open file: ``shape`` is row-major, ``offset`` counts from the start of the file."""
 
     name: str
     type: TensorType
     shape: tuple[int, ...]
+    file: DataFile
     offset: int
 
     @property
@@ -83,17 +84,23 @@ class GgufTensor:
     def nbytes(self) -> int:
         return prod(self.shape[:-1]) * self.row_bytes
 
+    def read(self) -> Bytes:
+        """Its bytes, uint8 ``[rows, bytes per row]``; raises ``ModelFileError`` where the file has become shorter."""
+        return self.file.read(self.offset, self.nbytes).reshape(-1, self.row_bytes)
+
 
 class GgufFile:
     """An open GGUF file: ``metadata`` (keys as the file has them, arrays as lists) and ``tensors`` by their names.
 
+    Without ``texts``, arrays of texts are checked but left out of ``metadata``: those of a tokenizer take tens of
+    megabytes, which nobody needs who only wants the tensors.
     Raises ``ModelFileError`` where the file is damaged or of a kind that is not supported.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, texts: bool = True) -> None:
         self.path = Path(path)
-        self._file = DataFile(self.path)
-        header = _Header(self._file)
+        data = DataFile(self.path)
+        header = _Header(data, texts)
         tensor_count, key_count = header.start()
         self.metadata: dict[str, Any] = {}
         for _ in range(key_count):
@@ -101,6 +108,7 @@ class GgufFile:
             if key in self.metadata:
                 raise header.damaged(f"the key {key[:80]!r} is there twice")
             self.metadata[key] = header.value(header.u32(), key)
+        self.metadata = {key: value for key, value in self.metadata.items() if value is not None}
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
             raise header.damaged("general.alignment is not a power of two of a sensible size")
@@ -110,26 +118,20 @@ class GgufFile:
         for name, kind, shape, offset in infos:
             if name in self.tensors:
                 raise header.damaged(f"the tensor {name[:80]!r} is there twice")
-            tensor = GgufTensor(name, kind, shape, start + offset)
+            tensor = GgufTensor(name, kind, shape, data, start + offset)
             if shape[-1] % kind.block_elements:
                 raise header.damaged(f"rows of {name[:80]!r} are not whole blocks of {kind.name}")
-            if offset % alignment or tensor.offset + tensor.nbytes > self._file.size:
+            if offset % alignment or tensor.offset + tensor.nbytes > data.size:
                 raise header.damaged(f"the tensor {name[:80]!r} does not lie inside the file: it may be cut short")
             self.tensors[name] = tensor
-
-    def read(self, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
-        """The bytes of one of ``tensors``, uint8 ``[rows, bytes per row]``.
-
-        Raises ``ModelFileError`` where the file has become shorter meanwhile.
-        """
-        return self._file.read(tensor.offset, tensor.nbytes).reshape(-1, tensor.row_bytes)
 
 
 class _Header:
     """Reads from the front of a file, never past its end, through a window that moves along."""
 
-    def __init__(self, file: DataFile) -> None:
+    def __init__(self, file: DataFile, texts: bool) -> None:
         self._file = file
+        self._texts = texts
         self._limit = min(file.size, MAX_HEADER_BYTES)
         self._window = b""
         self._start = 0  # of the window, in the file
@@ -187,7 +189,7 @@ class _Header:
             return self._array(key, depth)
         return self._numbers(kind, 1, key)[0]
 
-    def _array(self, key: str, depth: int) -> list[Any]:
+    def _array(self, key: str, depth: int) -> list[Any] | None:
         kind, count = self.u32(), self.u64()
         self._elements += count
         if depth >= MAX_ARRAY_DEPTH or self._elements > MAX_ARRAY_ELEMENTS:
@@ -198,9 +200,9 @@ class _Header:
             return [self._array(key, depth + 1) for _ in range(count)]
         return self._numbers(kind, count, key)
 
-    def _strings(self, count: int, key: str) -> list[str]:
-        """As ``string``, for the hundreds of thousands that a vocabulary has."""
-        strings = []
+    def _strings(self, count: int, key: str) -> list[str] | None:
+        """As ``string``, for the hundreds of thousands that a vocabulary has. None where they are not wanted."""
+        strings: list[str] = []
         for _ in range(count):
             self._need(8)
             size = _U64.unpack_from(self._window, self._at)[0]
@@ -209,11 +211,13 @@ class _Header:
             self._need(8 + size)
             start = self._at + 8
             self._at = start + size
-            strings.append(self._window[start : self._at])
-        try:
-            return [string.decode() for string in strings]
-        except UnicodeDecodeError as error:
-            raise self.damaged(f"{key[:80]!r} is not UTF-8 text") from error
+            try:
+                text = self._window[start : self._at].decode()
+            except UnicodeDecodeError as error:
+                raise self.damaged(f"{key[:80]!r} is not UTF-8 text") from error
+            if self._texts:
+                strings.append(text)
+        return strings if self._texts else None
 
     def _numbers(self, kind: int, count: int, key: str) -> list[Any]:
         dtype = _SCALARS.get(kind)

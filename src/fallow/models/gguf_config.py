@@ -139,7 +139,7 @@ def _frequency_factors(file: GgufFile, count: int) -> tuple[float, ...] | None:
         return None
     if tensor.type is not TensorType.F32 or tensor.shape != (count,):
         raise ModelFileError(f"The tensor {ROPE_FACTORS} in {file.path} must hold {count} numbers in F32.")
-    factors = file.read(tensor).view("<f4").reshape(-1)
+    factors = tensor.read().view("<f4").reshape(-1)
     if not np.all((factors >= limits.MIN_FACTOR) & (factors <= limits.MAX_FACTOR)):
         raise ModelFileError(f"The tensor {ROPE_FACTORS} in {file.path} holds numbers that make no sense.")
     return tuple(factors.tolist())

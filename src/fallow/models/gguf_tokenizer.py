@@ -128,7 +128,7 @@ def _byte_level_document(
             "use the model's Hugging Face folder with its tokenizer.json."
         )
     vocab = {text: i for i, text in enumerate(tokens)}
-    merges = _merges(metadata, vocab)
+    merges = _merges(metadata, tokens, vocab)
     prefix = _flag(metadata, "tokenizer.ggml.add_space_prefix", False)
     byte_level = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": pre.regex is None}
     steps: list[dict[str, Any]] = []
@@ -182,7 +182,7 @@ def _sentencepiece_document(
         decoder={"type": "Sequence", "decoders": decoders},
         model=_bpe(
             vocab,
-            [[left, right] for *_, left, right in merges],
+            [(left, right) for *_, left, right in merges],
             byte_fallback=has_bytes,
             unk_token=None if unknown is None else tokens[unknown],
         ),
@@ -205,7 +205,7 @@ def _document(*, normalizer: Any, pre_tokenizer: Any, decoder: Any, model: Any) 
 
 def _bpe(
     vocab: dict[str, int],
-    merges: list[list[str]],
+    merges: list[tuple[str, str]],
     *,
     byte_fallback: bool = False,
     ignore_merges: bool = False,
@@ -257,7 +257,7 @@ def _tokens(metadata: Mapping[str, Any]) -> list[str]:
     return tokens
 
 
-def _merges(metadata: Mapping[str, Any], vocab: dict[str, int]) -> list[list[str]]:
+def _merges(metadata: Mapping[str, Any], tokens: list[str], vocab: dict[str, int]) -> list[tuple[str, str]]:
     raw = metadata.get("tokenizer.ggml.merges")
     if not isinstance(raw, Sequence) or isinstance(raw, str | bytes):
         raise ModelFileError("tokenizer.ggml.merges is missing: a byte-level tokenizer needs it.")
@@ -270,7 +270,7 @@ def _merges(metadata: Mapping[str, Any], vocab: dict[str, int]) -> list[list[str
         left, right = merge[:cut], merge[cut + 1 :]
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise ModelFileError(f"tokenizer.ggml.merges[{i}] joins pieces that tokenizer.ggml.tokens does not hold.")
-        merges.append([left, right])
+        merges.append((tokens[vocab[left]], tokens[vocab[right]]))  # the same objects: a hundred thousand fewer
     return merges
 
 

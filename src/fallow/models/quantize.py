@@ -11,12 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 
+from fallow.arrays import Bytes, Float32
 from fallow.errors import ModelFileError
-
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
 
 _GROUP = 32
 _CHUNK_BLOCKS = 1024  # the working arrays of a chunk stay in the cache
@@ -28,7 +25,7 @@ _Q4_0_STEPS = (-1.6, -1.2, -0.9, -0.6, -0.3, 0.0, 0.3, 0.6, 0.9)
 _Q4_1_CUTS = (-0.02, 0.01, 0.04, 0.08)
 
 
-def quantize_q8_0(values: Floats) -> Bytes:
+def quantize_q8_0(values: Float32) -> Bytes:
     """float32 ``[rows, columns]`` → uint8 ``[rows, columns / 32 * 34]``: 8-bit codes with one scale a group of 32.
 
     Raises ``ModelFileError`` where the columns are not a multiple of 32 or a value is not finite.
@@ -36,7 +33,7 @@ def quantize_q8_0(values: Floats) -> Bytes:
     return _quantize(values, None, 34, _q8_0)
 
 
-def quantize_q4_0(values: Floats, importance: Floats | None = None) -> Bytes:
+def quantize_q4_0(values: Float32, importance: Float32 | None = None) -> Bytes:
     """float32 ``[rows, columns]`` → uint8 ``[rows, columns / 32 * 18]``: codes from -8 to 7 with a scale a group.
 
     ``importance [columns]`` weighs the squared errors: the second moments of the activations that meet the columns.
@@ -45,13 +42,13 @@ def quantize_q4_0(values: Floats, importance: Floats | None = None) -> Bytes:
     return _quantize(values, importance, 18, _q4_0)
 
 
-def quantize_q4_1(values: Floats, importance: Floats | None = None) -> Bytes:
+def quantize_q4_1(values: Float32, importance: Float32 | None = None) -> Bytes:
     """As ``quantize_q4_0``, with codes from 0 to 15, a scale and a minimum: uint8 ``[rows, columns / 32 * 20]``."""
     return _quantize(values, importance, 20, _q4_1)
 
 
 def _quantize(
-    values: Floats, importance: Floats | None, block_bytes: int, encode: Callable[[Floats, Floats, Bytes], None]
+    values: Float32, importance: Float32 | None, block_bytes: int, encode: Callable[[Float32, Float32, Bytes], None]
 ) -> Bytes:
     rows, columns = values.shape
     if columns % _GROUP:
@@ -76,7 +73,7 @@ def _chunks(rows: int, groups: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, rows)
 
 
-def _weights(importance: Floats | None, columns: int) -> Floats:
+def _weights(importance: Float32 | None, columns: int) -> Float32:
     """Weights of the columns, float32 ``[32, groups]``, none of them zero so that every group has a best scale."""
     if importance is None:
         return np.ones((_GROUP, columns // _GROUP), np.float32)
@@ -86,24 +83,24 @@ def _weights(importance: Floats | None, columns: int) -> Floats:
     return np.ascontiguousarray((scaled + 1e-6).astype(np.float32).reshape(-1, _GROUP).T)
 
 
-def _half(x: Floats) -> Floats:
+def _half(x: Float32) -> Float32:
     """Rounded to float16, as the block will hold it."""
     return x.astype(np.float16).astype(np.float32)
 
 
-def _inverse(x: Floats) -> Floats:
+def _inverse(x: Float32) -> Float32:
     """1 / x, and 0 where x is 0."""
     return np.divide(np.float32(1), x, out=np.zeros_like(x), where=x != 0)
 
 
-def _q8_0(x: Floats, weights: Floats, out: Bytes) -> None:
+def _q8_0(x: Float32, weights: Float32, out: Bytes) -> None:
     scale = _half(np.abs(x).max(axis=0) / np.float32(127))
     codes = np.clip(np.rint(x * _inverse(scale)), -127, 127).astype(np.int8)
     out[:, :2] = scale.astype(np.float16).view(np.uint8).reshape(-1, 2)
     out[:, 2:] = codes.T.view(np.uint8)
 
 
-def _q4_0(x: Floats, weights: Floats, out: Bytes) -> None:
+def _q4_0(x: Float32, weights: Float32, out: Bytes) -> None:
     """Candidates put the largest value at code -8 + step; least squares then moves the scale."""
     largest = np.take_along_axis(x, np.abs(x).argmax(axis=0)[None], axis=0)[0]
     weighted = weights * x
@@ -111,7 +108,7 @@ def _q4_0(x: Floats, weights: Floats, out: Bytes) -> None:
     best_scale = _half(largest / np.float32(-8))
     best_error = np.full(largest.shape, np.inf, np.float32)
 
-    def consider(scale: Floats, *, fit: bool) -> None:
+    def consider(scale: Float32, *, fit: bool) -> None:
         np.multiply(x, _inverse(scale), out=codes)
         np.clip(np.rint(codes, out=codes), -8, 7, out=codes)
         along = np.multiply(weighted, codes, out=product).sum(axis=0)
@@ -134,7 +131,7 @@ def _q4_0(x: Floats, weights: Floats, out: Bytes) -> None:
     out[:, 2:] = _packed(codes)
 
 
-def _q4_1(x: Floats, weights: Floats, out: Bytes) -> None:
+def _q4_1(x: Float32, weights: Float32, out: Bytes) -> None:
     """Candidates cut a part off the range below and above; least squares then moves scale and minimum."""
     low, high = x.min(axis=0), x.max(axis=0)
     # Around the middle of the range, so that the sums below do not cancel where all values are far from zero.
@@ -147,7 +144,7 @@ def _q4_1(x: Floats, weights: Floats, out: Bytes) -> None:
     best_scale, best_minimum = _half(span / np.float32(15)), _half(low + middle)
     best_error = np.full(span.shape, np.inf, np.float32)
 
-    def consider(scale: Floats, minimum: Floats, *, fit: bool) -> None:
+    def consider(scale: Float32, minimum: Float32, *, fit: bool) -> None:
         """``minimum`` is relative to the middle."""
         np.multiply(np.subtract(centred, minimum, out=codes), _inverse(scale), out=codes)
         np.clip(np.rint(codes, out=codes), 0, 15, out=codes)
@@ -179,7 +176,7 @@ def _q4_1(x: Floats, weights: Floats, out: Bytes) -> None:
     out[:, 4:] = _packed(codes)
 
 
-def _packed(codes: Floats) -> Bytes:
+def _packed(codes: Float32) -> Bytes:
     """Codes from 0 to 15, float32 ``[32, blocks]`` → uint8 ``[blocks, 16]``: the first half low, the second high."""
     whole = codes.astype(np.uint8)
     return np.ascontiguousarray((whole[:16] | (whole[16:] << 4)).T)

@@ -14,9 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
-import numpy.typing as npt
-
+from fallow.arrays import Bytes
 from fallow.errors import ModelFileError
 from fallow.models.data_file import DataFile
 from fallow.models.tensors import TensorType
@@ -54,7 +52,7 @@ class SafetensorsTensor:
             )
         return _TYPES[self.dtype]
 
-    def read(self) -> npt.NDArray[np.uint8]:
+    def read(self) -> Bytes:
         """Its bytes, uint8 ``[rows, bytes per row]``; one row for a vector. Raises ``ModelFileError``."""
         rows = prod(self.shape[:-1])
         return self.file.read(self.offset, self.nbytes).reshape(rows, -1)
@@ -141,7 +139,7 @@ def _plain_name(name: str, index: Path) -> str:
     return name
 
 
-def _parse_json(data: npt.NDArray[np.uint8], what: str) -> dict[str, Any]:
+def _parse_json(data: Bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(data.tobytes(), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:

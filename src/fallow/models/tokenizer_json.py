@@ -11,6 +11,7 @@ from fallow.models.gguf_tokenizer import MAX_TOKEN_BYTES, MAX_VOCAB
 
 _MAX_MERGES = 4 * MAX_VOCAB
 _MAX_STEPS = 64  # of a normalizer, pre-tokenizer, decoder or post-processor
+_MAX_AFFIX = 64  # characters of what BPE adds to every piece
 _MAX_GROWTH = 1024  # how many times longer a normalizer may make a text
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -48,9 +49,9 @@ def check_document(document: dict[str, Any]) -> None:
             )
 
 
-def token_bytes_of(document: dict[str, Any], special_ids: Set[int]) -> tuple[int, list[bytes], dict[int, str], bool]:
-    """Of a checked document: the vocabulary's size, the bytes of each id, the texts of the special ids, and whether
-    decoding takes one space from the start of the text. Ids that no token has add nothing.
+def token_bytes_of(document: dict[str, Any], special_ids: Set[int]) -> tuple[list[bytes], dict[int, str], bool]:
+    """Of a checked document: the bytes of each id, the texts of the special ids, and whether decoding takes one space
+    from the start of the text. Ids that no token has add nothing.
 
     Byte-level vocabularies write each byte as one character (Radford et al. 2019, the table of GPT-2); byte-fallback
     ones write ``<0x0A>``, and a space as U+2581 (SentencePiece, arXiv 1808.06226).
@@ -88,7 +89,7 @@ def token_bytes_of(document: dict[str, Any], special_ids: Set[int]) -> tuple[int
         )
     for i, text in added.items():
         result[i] = b"" if i in special_ids else text.encode()
-    return size, result, {i: added[i] for i in special_ids}, strips
+    return result, {i: added[i] for i in special_ids}, strips
 
 
 def _check_bpe(model: dict[str, Any], vocab: object) -> None:
@@ -100,6 +101,9 @@ def _check_bpe(model: dict[str, Any], vocab: object) -> None:
         raise ModelFileError("tokenizer.json is damaged: a token is not a valid Unicode text of sane length.")
     if len(set(vocab.values())) != len(vocab):
         raise ModelFileError("tokenizer.json is damaged: two tokens have the same id.")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if len(str(model.get(name) or "")) > _MAX_AFFIX:
+            raise ModelFileError(f"tokenizer.json is damaged: its {name} is longer than {_MAX_AFFIX} characters.")
     merges = model.get("merges")
     if not isinstance(merges, list) or len(merges) > _MAX_MERGES:
         raise ModelFileError(f"tokenizer.json is damaged: the merges must be a list of at most {_MAX_MERGES}.")
@@ -128,8 +132,8 @@ def _steps(part: object) -> Iterator[dict[str, Any]]:
     """The steps of a normalizer, pre-tokenizer, decoder or post-processor, with sequences unfolded."""
     if part is None:
         return
-    if not isinstance(part, dict):
-        raise ModelFileError("tokenizer.json is damaged: a step of its pipeline is not an object.")
+    if not isinstance(part, dict) or not isinstance(part.get("type", ""), str):
+        raise ModelFileError("tokenizer.json is damaged: a step of its pipeline is not an object with a type.")
     nested = [
         value
         for key in ("normalizers", "pretokenizers", "decoders", "processors")
@@ -151,6 +155,8 @@ def _growth(steps: list[dict[str, Any]]) -> float:
             found = pattern.get("String") if isinstance(pattern, dict) else None
             shortest = len(found.encode(errors="replace")) if isinstance(found, str) else 1
             growth *= max(1.0, len(content.encode(errors="replace")) / max(1, shortest))
+        if isinstance(before := step.get("prepend"), str):
+            growth *= 1 + len(before.encode(errors="replace"))
     return growth
 
 
