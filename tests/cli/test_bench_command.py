@@ -34,10 +34,22 @@ def test_the_table_has_the_perplexity_of_a_text(fallow, tiny_checkpoints: dict[s
     assert "fields.txt" in done.stdout
 
 
+def test_the_perplexity_alone(fallow, tiny_checkpoints: dict[str, Path]):
+    options = ("--quality-only", "--precision", "auto", "--precision", "q8", "--quality-tokens", "64", "--json")
+    done = fallow("bench", str(tiny_checkpoints["llama"]), *options)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["runs"] == []
+    assert [(quality["precision"], quality["tokens"]) for quality in result["quality"]] == [("auto", 63), ("q8", 63)]
+
+
 @pytest.mark.parametrize(
     ("options", "code", "named"),
     [
         (["--trace-only"], 2, "--trace"),
+        (["--quality-only", "--quick"], 2, "--quality-only"),
+        (["--quality-only", "--quality-tokens", "0"], 2, "--quality-only"),
+        (["--trace-only", "--quality-only", "--trace", "nowhere.csv"], 2, "--trace-only"),
         (["--endpoint", "http://127.0.0.1:1/v1"], 2, "--trace"),
         (["--repetitions", "0"], 2, "--repetitions"),
         (["--trace", "nowhere.csv"], 1, "nowhere.csv"),

@@ -10,10 +10,8 @@ from fallow.bench.peers.base import Variant
 from fallow.bench.result import OURS
 from fallow.errors import FallowError
 from fallow.models.checkpoint import open_checkpoint
-from fallow.models.tensors import TensorType
 
 PRECISIONS = ("auto", "bf16", "q8", "q4")
-_FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
 
 
 def our_variants(model: Path, precisions: Sequence[str] | None = None) -> list[Variant]:
@@ -24,7 +22,7 @@ def our_variants(model: Path, precisions: Sequence[str] | None = None) -> list[V
             raise FallowError(f"precision {precision!r} is not known: use one of {', '.join(PRECISIONS)}.")
     if precisions is None:
         tensors = open_checkpoint(model).tensors
-        floating = all(tensor.type in _FLOATS for tensor in tensors.values())
+        floating = all(tensor.type.is_floating for tensor in tensors.values())
         precisions = ("auto", "q8", "q4") if floating else ("auto", "q8")
     python = Path(sys.executable)
     return [

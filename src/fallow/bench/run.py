@@ -56,12 +56,12 @@ def run_bench(
     """Measure our engine and ``peers`` with ``model``.
 
     ``peers``: names of ``fallow.bench.peers.PEERS``; one that cannot be measured here is in ``skipped`` with the
-    reason. ``precisions`` are ours. ``loads``: ``"full"``, or ``"quick"``, which leaves the perplexity out unless
-    ``text`` or ``quality_tokens`` asks for it; ``quality_tokens=0`` leaves it out always. ``price`` is what the machine
-    costs an hour, in dollars. ``trace`` replays a trace against the server of each engine too (its fastest
-    precision) and against ``endpoint``; ``loads="none"`` does that alone. Each load is measured ``repetitions`` times,
-    the engines taking turns, after a pass that is not counted; medians are given. ``progress`` is called with what is
-    being done, steps done, and steps in all.
+    reason. ``precisions`` are ours. ``loads``: ``"full"``; ``"quick"``, which leaves the perplexity out unless ``text``
+    or ``quality_tokens`` asks for it; or ``"none"``, for the perplexity or the trace alone. ``quality_tokens=0`` leaves
+    the perplexity out always. ``price`` is what the machine costs an hour, in dollars. ``trace`` replays a trace
+    against the server of each engine too (its fastest precision) and against ``endpoint``. Each load is measured
+    ``repetitions`` times, the engines taking turns, after a pass that is not counted; medians are given. ``progress``
+    is called with what is being done, steps done, and steps in all.
 
     Raises ``FallowError`` where the model cannot be loaded or an argument makes no sense.
     """
@@ -77,7 +77,8 @@ def run_bench(
     if price is not None and not (price >= 0 and math.isfinite(price)):
         raise FallowError(f"price is {price}: it must be at least 0 dollars an hour.")
     if quality_tokens is None:
-        quality_tokens = DEFAULT_QUALITY_TOKENS if loads == "full" or text is not None else 0
+        wants_quality = loads == "full" or text is not None or (loads == "none" and trace is None)
+        quality_tokens = DEFAULT_QUALITY_TOKENS if wants_quality else 0
     result = BenchResult(
         model=str(model),
         machine={**machine(), "threads": threads},
@@ -157,6 +158,7 @@ class _Bench:
     ) -> None:
         self._result = result
         self._variants = variants
+        self._measured = [variant for variant in variants if variant.for_speed]
         self._loads = loads
         self._scratch = scratch
         self._threads = threads
@@ -186,6 +188,8 @@ class _Bench:
         }
         best: dict[str, Variant] = {}
         for variant in self.left:
+            if not variant.for_speed:
+                continue
             chosen = best.setdefault(variant.engine, variant)
             if speeds.get((variant.engine, variant.precision), 0) > speeds.get((chosen.engine, chosen.precision), 0):
                 best[variant.engine] = variant
@@ -209,8 +213,8 @@ class _Bench:
             "max_positions": MEMORY.positions,
             "threads": self._threads,
         }
-        for i, variant in enumerate(variant for variant in self.left if variant.for_speed):
-            self._say(f"memory of {variant.name}", i, len(self._variants))
+        for i, variant in enumerate(self._measured):
+            self._say(f"memory of {variant.name}", i, len(self._measured))
             with self._trying(variant):
                 worker = start_worker(variant, self._scratch, **limits)
                 try:
@@ -226,10 +230,10 @@ class _Bench:
         answers: dict[tuple[str, Load], list[dict[str, Any]]] = {}
         broken: set[tuple[str, Load]] = set()
         done = 0
-        total = (self._repetitions + 1) * len(self._loads) * len(self._variants)
+        total = (self._repetitions + 1) * len(self._loads) * len(self._measured)
         for repetition in range(self._repetitions + 1):
             for load in self._loads:
-                for variant in self._variants:
+                for variant in self._measured:
                     done += 1
                     key = (variant.name, load)
                     if variant not in self.left or key in broken or (repetition == 0 and load.is_long):
@@ -242,7 +246,7 @@ class _Bench:
                         if repetition > 0:
                             answers.setdefault(key, []).append(answer)
         for load in self._loads:
-            for variant in self._variants:
+            for variant in self._measured:
                 taken = answers.get((variant.name, load), [])
                 if taken:
                     peak = memory.get(variant.name) if load == MEMORY else None

@@ -45,6 +45,7 @@ def bench(
     quality_tokens: Annotated[
         int | None, typer.Option(min=0, show_default="16384", help="Tokens of it that are scored; 0 leaves it out.")
     ] = None,
+    quality_only: Annotated[bool, typer.Option("--quality-only", help="Nothing but the perplexity.")] = False,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Replay the arrivals of a trace against each engine's server.")
     ] = None,
@@ -66,8 +67,14 @@ def bench(
     """The cost table of MODEL, ours and the peers', in one run."""
     if trace is None and (trace_only or endpoint is not None):
         raise typer.BadParameter("--trace-only and --endpoint need --trace FILE")
-    if trace_only and (quick or text is not None or quality_tokens is not None):
-        raise typer.BadParameter("--trace-only measures nothing else: leave out --quick, --text and --quality-tokens")
+    if trace_only and (quick or quality_only or text is not None or quality_tokens is not None):
+        raise typer.BadParameter(
+            "--trace-only measures nothing else: leave out --quick, --quality-only, --text and --quality-tokens"
+        )
+    if quality_only and (quick or trace is not None or quality_tokens == 0):
+        raise typer.BadParameter(
+            "--quality-only measures nothing else: leave out --quick and --trace, and score at least one token"
+        )
 
     from fallow.bench.quality import QualityText
     from fallow.bench.replay import Endpoint
@@ -84,7 +91,7 @@ def bench(
             model,
             peers=peer or (),
             precisions=precision,
-            loads="none" if trace_only else "quick" if quick else "full",
+            loads="none" if trace_only or quality_only else "quick" if quick else "full",
             repetitions=repetitions or (_QUICK_REPETITIONS if quick else _REPETITIONS),
             threads=threads,
             price=price,

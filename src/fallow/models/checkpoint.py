@@ -19,8 +19,6 @@ from fallow.models.tensors import Checkpoint, RawTensor, TensorType
 
 Read = Callable[[], Bytes]
 
-_FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
-
 # Canonical names of the parts of a model and of a layer, and what the formats call them.
 _GGUF_MODEL = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 _GGUF_LAYER = {
@@ -205,5 +203,5 @@ def _check(path: Path, name: str, type: TensorType, shape: tuple[int, ...], expe
         raise ModelFileError(
             f"The tensor {name!r} in {path} has the shape {list(shape)}, but its configuration needs {list(expected)}."
         )
-    if len(shape) == 1 and type not in _FLOATS:
+    if len(shape) == 1 and not type.is_floating:
         raise ModelFileError(f"The tensor {name!r} in {path} is a vector stored as {type.name}: F32 is expected.")

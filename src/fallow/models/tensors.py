@@ -35,6 +35,11 @@ class TensorType(Enum):
     def block_bytes(self) -> int:
         return self.value[2]
 
+    @property
+    def is_floating(self) -> bool:
+        """Whether each element is a number of its own rather than a code in a block."""
+        return self.block_elements == 1
+
 
 @dataclass(frozen=True)
 class RawTensor:

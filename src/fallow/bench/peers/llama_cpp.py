@@ -10,9 +10,11 @@ from fallow.bench.environment import PeerError, Requirements
 from fallow.bench.peers.base import Variant
 from fallow.bench.prepare import gguf_file, prepared, run_worker_script
 from fallow.models.checkpoint import open_checkpoint
+from fallow.models.tensors import TensorType
 from fallow.terminal import Progress
 
 _REQUANTISED = ("Q4_0", "Q8_0", "BF16")
+_REQUANTISED_FOR_QUALITY = ("Q4_1", "Q4_K_M")  # of floats: 4 bits a weight and about as many bytes as our q4
 
 
 class LlamaCpp:
@@ -30,11 +32,13 @@ class LlamaCpp:
                 f"{model} is not a GGUF file, which llama.cpp needs: convert it with llama.cpp's own script."
             )
         own = file_precision(source)
-        found = [Variant(self.name, own, python, "llama_cpp", source, for_quality=True)]
-        for kind in _REQUANTISED:
-            if kind != own:
+        for_quality = _REQUANTISED_FOR_QUALITY if own.is_floating else ()
+        found = [Variant(self.name, own.name, python, "llama_cpp", source, for_quality=True)]
+        for kind in (*_REQUANTISED, *for_quality):
+            if kind != own.name:
                 path = self._requantised(source, python, kind, progress)
-                found.append(Variant(self.name, kind, python, "llama_cpp", path, for_quality=True))
+                for_speed = kind in _REQUANTISED
+                found.append(Variant(self.name, kind, python, "llama_cpp", path, for_speed=for_speed, for_quality=True))
         return found
 
     def server_command(self, variant: Variant, *, port: int, threads: int, max_context: int) -> list[str]:
@@ -62,10 +66,10 @@ class LlamaCpp:
         )
 
 
-def file_precision(source: Path) -> str:
-    """The storage type that holds most of a checkpoint's weights outside of the embeddings, such as ``Q4_1``."""
-    elements: Counter[str] = Counter()
+def file_precision(source: Path) -> TensorType:
+    """The storage type that holds most of a checkpoint's weights outside of the embeddings."""
+    elements: Counter[TensorType] = Counter()
     for name, tensor in open_checkpoint(source).tensors.items():
         if name.startswith("layers."):
-            elements[tensor.type.name] += tensor.elements
+            elements[tensor.type] += tensor.elements
     return elements.most_common(1)[0][0]
