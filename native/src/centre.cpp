@@ -2,6 +2,7 @@
 // it gain the mean's product with their weights.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <set>
 #include <stdexcept>
 
@@ -32,14 +33,25 @@ void Program::centre(const std::vector<int32_t>& tokens) {
   const int sequences = n / length;
   if (n == 0 || n % length != 0) throw std::invalid_argument("centring needs whole sequences");
   if (length <= sink_rows) return;
+  const auto is_rounded = [&](const Operation& operation) {
+    const auto* norm = std::get_if<op::NormQuantise>(&operation);
+    return norm != nullptr && std::all_of(norm->out.begin(), norm->out.end(), [&](int a) {
+      return activations_[a].format.codes == Codes::q8 && !activations_[a].format.asymmetric;
+    });
+  };
+  const auto last = std::find_if(operations_.rbegin(), operations_.rend(), is_rounded);
+  if (last == operations_.rend()) return;
+  last_centred_ = static_cast<int>(operations_.rend() - last) - 1;
   totals_.assign(operations_.size(), {});
+  std::vector<int32_t> all_rows(length);
+  std::iota(all_rows.begin(), all_rows.end(), 0);
   // One page at a time and as many rows as a step may have: what is found must not depend on the limits.
   for (int s = 0; s < sequences; ++s) {
     for (int begin = 0, count = 0; begin < length; begin += count) {
-      count = std::min(length - begin, limits_.max_tokens);
+      count = std::min({length - begin, limits_.max_tokens, limits_.max_logit_rows});
       const int32_t page = 0;
       const int32_t offsets[2] = {0, count};
-      const Step step{tokens.data() + s * length + begin, count, offsets, &begin, 1, &page, 1, nullptr, 0};
+      const Step step{tokens.data() + s * length + begin, count, offsets, &begin, 1, &page, 1, all_rows.data(), count};
       check(step);
       run(step, nullptr);
     }
@@ -47,12 +59,8 @@ void Program::centre(const std::vector<int32_t>& tokens) {
   const auto totals = std::move(totals_);
   totals_.clear();
   for (size_t i = 0; i < operations_.size(); ++i) {
+    if (totals[i].empty() || !is_rounded(operations_[i])) continue;
     auto* norm = std::get_if<op::NormQuantise>(&operations_[i]);
-    if (norm == nullptr || totals[i].empty()) continue;
-    const bool rounded = std::all_of(norm->out.begin(), norm->out.end(), [&](int a) {
-      return activations_[a].format.codes == Codes::q8 && !activations_[a].format.asymmetric;
-    });
-    if (!rounded) continue;
     std::vector<float> negative(totals[i].size());
     std::transform(totals[i].begin(), totals[i].end(), negative.begin(), [&](int64_t total) {
       return static_cast<float>(-static_cast<double>(total) / fixed_point / (sequences * (length - sink_rows)));

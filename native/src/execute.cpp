@@ -1,4 +1,6 @@
-// A step of a program: every thread runs every operation on its share, with a barrier between two operations.
+// A step of a program. With few rows every thread runs every operation on its share, with a barrier between two
+// operations. With many each takes some rows through all operations up to the next attention: what it writes it reads
+// again from its own cache. No bit of a result depends on who computes it.
 #include <algorithm>
 #include <cstring>
 
@@ -32,14 +34,41 @@ void Program::run(const Step& step, SampleArgs* sample) {
 }
 
 void Program::execute(int thread) {
-  for (size_t i = 0; i < operations_.size(); ++i) {
+  const int count = totals_.empty() ? static_cast<int>(operations_.size()) : last_centred_ + 1;
+  const auto run = [&](int i, const Part& part) {
+    std::visit([&](const auto& o) { execute(o, i, thread, part); }, operations_[i]);
+  };
+  for (int i = 0; i < count;) {
     if (row_kind_[i] == 1 && step_.num_logit_rows == 0) break;
-    std::visit([&](const auto& o) { execute(o, static_cast<int>(i), thread); }, operations_[i]);
+    if (run_end_[i] > i && rows(i) >= block_rows * pool_.size()) {
+      const int end = std::min(run_end_[i], count);
+      const int first = share(rows(i), thread);
+      const int mine = share(rows(i), thread + 1) - first;
+      const int blocks = (mine + block_rows - 1) / block_rows;
+      for (int b = 0; b < blocks; ++b) {
+        const int begin = first + mine * b / blocks;
+        const Part block{begin, first + mine * (b + 1) / blocks, 0, 1, begin - thread * block_rows};
+        for (int k = i; k < end; ++k) run(k, block);
+      }
+      i = end;
+    } else {
+      run(i, part_of(i, thread));
+      ++i;
+    }
     pool_.barrier();
   }
   if (sample_ == nullptr) return;
   std::atomic<int>& next = next_[operations_.size()];
   for (int r = 0; (r = next.fetch_add(1, std::memory_order_relaxed)) < step_.num_logit_rows;) sample_row(*sample_, r, scratch_[thread].sample);
+}
+
+// Columns are shared out where an operation is about them, else rows.
+Program::Part Program::part_of(int index, int thread) const {
+  const int n = rows(index);
+  const bool by_columns = std::holds_alternative<op::Linear>(operations_[index]) ||
+                          (std::holds_alternative<op::Quantise>(operations_[index]) && n <= column_rows);
+  if (by_columns) return {0, n, thread, pool_.size(), 0};
+  return {share(n, thread), share(n, thread + 1), 0, 1, 0};
 }
 
 void Program::log_probabilities(const int32_t* targets, int count, float* out) {
@@ -59,102 +88,90 @@ void Program::log_probabilities(const int32_t* targets, int count, float* out) {
       &task);
 }
 
-void Program::execute(const op::Embed& o, int index, int thread) {
+void Program::execute(const op::Embed& o, int, int, const Part& part) {
   const PackedLinear& w = *weights_[o.weights];
-  for_rows(index, thread, [&](int r) {
-    float* out = row(o.out, r);
+  for (int r = part.begin; r < part.end; ++r) {
+    float* out = row(o.out, r, part);
     unpack_row(w, step_.tokens[r], out);
     if (o.scale != 1.f) {
       for (int i = 0; i < w.in_features; ++i) out[i] *= o.scale;
     }
-  });
+  }
 }
 
-void Program::execute(const op::Norm& o, int index, int thread) {
-  for_rows(index, thread, [&](int r) {
-    kernels_.rms_norm({row(o.x, r), vectors_[o.weight].data(), o.eps, buffers_[o.x].width}, row(o.out, r));
-  });
+void Program::execute(const op::Norm& o, int, int, const Part& part) {
+  for (int r = part.begin; r < part.end; ++r) {
+    kernels_.rms_norm({row(o.x, r, part), vectors_[o.weight].data(), o.eps, buffers_[o.x].width}, row(o.out, r, part));
+  }
 }
 
-void Program::execute(const op::NormQuantise& o, int index, int thread) {
+void Program::execute(const op::NormQuantise& o, int index, int thread, const Part& part) {
   auto* normed = scratch_[thread].row.as<float>();
   const int width = buffers_[o.x].width;
   std::vector<int64_t> sums(totals_.empty() ? 0 : width);
-  for_rows(index, thread, [&](int r) {
-    // Half of a row was written by another core.
-    prefetch_near(row(o.x, r + 1), width * sizeof(float));
+  fetching_ahead(o.x, 0, width, part, [&](int r) {
     const float* shift = o.centre < 0 ? nullptr : vectors_[o.centre].data();
-    kernels_.rms_norm({row(o.x, r), vectors_[o.weight].data(), o.eps, width, shift}, normed);
+    kernels_.rms_norm({row(o.x, r, part), vectors_[o.weight].data(), o.eps, width, shift}, normed);
     if (!sums.empty()) add_to_sums(r, normed, sums);
-    for (const int a : o.out) kernels_.quantise(normed, activations_[a].format, activation_row(a, r), 0, activations_[a].format.groups());
+    for (const int a : o.out) kernels_.quantise(normed, activations_[a].format, activation_row(a, r, part), 0, activations_[a].format.groups());
   });
   if (!sums.empty()) add_to_totals(index, sums);
 }
 
-void Program::execute(const op::Quantise& o, int index, int thread) {
+void Program::execute(const op::Quantise& o, int, int, const Part& part) {
   const ActivationFormat& f = activations_[o.out].format;
-  if (rows(index) > column_rows) {
-    for_rows(index, thread, [&](int r) {
-      prefetch_near(row(o.x, r + 1), f.in_features * sizeof(float));
-      kernels_.quantise(row(o.x, r), f, activation_row(o.out, r), 0, f.groups());
-    });
-    return;
-  }
-  // By columns, as the linear before wrote them: what a thread reads is in its own cache.
-  const int64_t threads = pool_.size();
-  const int begin = static_cast<int>(f.groups() * int64_t{thread} / threads);
-  const int end = static_cast<int>(f.groups() * (int64_t{thread} + 1) / threads);
-  for (int r = 0; r < rows(index); ++r) kernels_.quantise(row(o.x, r), f, activation_row(o.out, r), begin, end);
+  // By columns a thread reads what it wrote in the linear before.
+  const int begin = part.first_of(f.groups());
+  const int end = part.end_of(f.groups());
+  fetching_ahead(o.x, begin * f.group, (end - begin) * f.group, part,
+                 [&](int r) { kernels_.quantise(row(o.x, r, part), f, activation_row(o.out, r, part), begin, end); });
 }
 
-void Program::execute(const op::Linear& o, int index, int thread) {
+void Program::execute(const op::Linear& o, int index, int thread, const Part& part) {
   const PackedLinear& w = *weights_[o.weights];
   const Activations& a = activations_[o.activations];
   const LinearTask task{&w,
                         a.format,
-                        a.memory.data(),
-                        rows(index),
-                        row(o.out, 0) + o.column,
+                        activation_row(o.activations, part.begin, part),
+                        part.end - part.begin,
+                        row(o.out, part.begin, part) + o.column,
                         buffers_[o.out].stride,
                         o.bias < 0 ? nullptr : vectors_[o.bias].data(),
                         o.epilogue};
   uint8_t* scratch = scratch_[thread].linear.data();
-  const auto share = [&](const PackedLinear& m, int t) { return 2 * static_cast<int>((m.tiles + 1) / 2 * int64_t{t} / pool_.size()); };
-  const int begin = share(w, thread);
-  const int end = share(w, thread + 1);
-  kernels_.linear(task, begin, end, scratch);
+  kernels_.linear(task, 2 * part.first_of((w.tiles + 1) / 2), 2 * part.end_of((w.tiles + 1) / 2), scratch);
   // While the others finish, the start of this thread's next weights comes.
   const int next = next_linear_[index];
   if (next < 0) return;
   const PackedLinear& after = *weights_[next];
-  const uint8_t* p = after.tile(share(after, thread));
+  const uint8_t* p = after.tile(2 * part.first_of((after.tiles + 1) / 2));
   const uint8_t* last = after.data + after.bytes;
   for (size_t line = 0; line < next_bytes && p + line < last; line += cache_line) prefetch_far(p + line);
 }
 
-void Program::execute(const op::Rope& o, int index, int thread) {
+void Program::execute(const op::Rope& o, int, int, const Part& part) {
   const size_t stride = static_cast<size_t>(layout_.num_heads) * layout_.padded_dim();
   const auto norm = [&](int v) { return v < 0 ? nullptr : vectors_[v].data(); };
-  for_rows(index, thread, [&](int r) {
+  fetching_ahead(o.qkv, 0, buffers_[o.qkv].width, part, [&](int r) {
     const auto page_of = [&](int i) {
       return page(o.layer, step_.page_table[static_cast<size_t>(row_sequence_[i]) * step_.table_width + row_position_[i] / page_size]);
     };
-    const int next = std::min(r + 1, rows(index) - 1);
-    kernels_.rope({layout_, row_position_[r], vectors_[o.table].data(), o.rotary_dim, norm(o.q_norm), norm(o.k_norm), o.eps, row(o.qkv, r),
+    const int next = std::min(r + 1, part.end - 1);
+    kernels_.rope({layout_, row_position_[r], vectors_[o.table].data(), o.rotary_dim, norm(o.q_norm), norm(o.k_norm), o.eps, row(o.qkv, r, part),
                    queries_.as<uint16_t>() + r * stride, page_of(r), page_of(next), row_position_[next]});
   });
 }
 
-void Program::execute(const op::Add& o, int index, int thread) {
-  for_rows(index, thread, [&](int r) { kernels_.add(row(o.x, r), row(o.out, r), buffers_[o.x].width); });
+void Program::execute(const op::Add& o, int, int, const Part& part) {
+  for (int r = part.begin; r < part.end; ++r) kernels_.add(row(o.x, r, part), row(o.out, r, part), buffers_[o.x].width);
 }
 
-void Program::execute(const op::Gate& o, int index, int thread) {
-  for_rows(index, thread, [&](int r) { kernels_.gate(row(o.gate, r), row(o.up, r), row(o.out, r), buffers_[o.gate].width, o.gelu); });
+void Program::execute(const op::Gate& o, int, int, const Part& part) {
+  for (int r = part.begin; r < part.end; ++r) kernels_.gate(row(o.gate, r, part), row(o.up, r, part), row(o.out, r, part), buffers_[o.gate].width, o.gelu);
 }
 
-void Program::execute(const op::Gather& o, int index, int thread) {
-  for_rows(index, thread, [&](int r) { std::memcpy(row(o.out, r), row(o.x, step_.logit_rows[r]), sizeof(float) * buffers_[o.x].width); });
+void Program::execute(const op::Gather& o, int, int, const Part& part) {
+  for (int r = part.begin; r < part.end; ++r) std::memcpy(row(o.out, r, part), row(o.x, step_.logit_rows[r], part), sizeof(float) * buffers_[o.x].width);
 }
 
 }  // namespace fallow

@@ -84,7 +84,7 @@ void Program::attend(const op::Attention& o, const AttentionItem& item, ThreadSc
     }
   }
   for (int q = 0; q < item.rows * group; ++q) {
-    float* out = row(o.out, item.row + q / group) + (item.kv_head * group + q % group) * layout_.head_dim;
+    float* out = row(o.out, item.row + q / group, {}) + (item.kv_head * group + q % group) * layout_.head_dim;
     kernels_.finish(scratch.states[q], state + static_cast<size_t>(q) * padded_dim, layout_.head_dim, out);
   }
 }
@@ -107,12 +107,12 @@ void Program::merge_segments(const op::Attention& o, const AttentionItem& item, 
       const size_t at = static_cast<size_t>(item.partial) + segment * item.rows * group + q;
       kernels_.merge(sum, state, split_partials_[at], split_values_.as<float>() + at * padded_dim, padded_dim);
     }
-    float* out = row(o.out, item.row + q / group) + (item.kv_head * group + q % group) * layout_.head_dim;
+    float* out = row(o.out, item.row + q / group, {}) + (item.kv_head * group + q % group) * layout_.head_dim;
     kernels_.finish(sum, state, layout_.head_dim, out);
   }
 }
 
-void Program::execute(const op::Attention& o, int index, int thread) {
+void Program::execute(const op::Attention& o, int index, int thread, const Part&) {
   ThreadScratch& scratch = scratch_[thread];
   const int count = static_cast<int>(items_.size());
   for (int i = 0; (i = next_[index].fetch_add(1, std::memory_order_relaxed)) < count;) {

@@ -16,13 +16,10 @@ inline void prefetch_far(const void* p) {
   asm volatile("");
 }
 
-// Into the first-level cache, every line of [p, p + bytes).
-inline void prefetch_near(const void* p, size_t bytes) {
+// The same for every line of [p, p + bytes).
+inline void prefetch_run(const void* p, size_t bytes) {
   const auto* line = static_cast<const uint8_t*>(p);
-  for (size_t i = 0; i < bytes; i += cache_line) {
-    __builtin_prefetch(line + i, 0, 3);
-    asm volatile("");
-  }
+  for (size_t i = 0; i < bytes; i += cache_line) prefetch_far(line + i);
 }
 
 // Into the first-level cache, one line, to be written.

@@ -77,9 +77,13 @@ void Program::finish(int logits_buffer) {
   };
   const int heads_width = layout_.num_heads * layout_.head_dim;
   const int qkv_width = heads_width + 2 * layout_.num_kv_heads * layout_.head_dim;
-  std::vector<int> buffer_kind(buffers_.size(), 0);
-  std::vector<int> activation_kind(activations_.size(), 0);
+  std::vector<int> buffer_kind(buffers_.size(), -1);
+  std::vector<int> activation_kind(activations_.size(), -1);
   int kind = 0;
+  const auto use = [&](std::vector<int>& kinds, int i) {
+    require(kinds.at(i) < 0 || kinds[i] == kind, "a buffer holds all rows before the gather, or logit rows after it: not both");
+    kinds[i] = kind;
+  };
   int widest = 1;
   int widest_linear = 1;
   row_kind_.clear();
@@ -87,26 +91,34 @@ void Program::finish(int logits_buffer) {
     std::visit(
         Overloaded{
             [&](const op::Embed& o) {
+              use(buffer_kind, o.out);
+              require(kind == 0, "embed: before the gather");
               require(width(o.out) >= weights_.at(o.weights)->in_features, "embed: the buffer is too narrow");
               widest = std::max(widest, width(o.out));
             },
             [&](const op::Norm& o) {
+              use(buffer_kind, o.x);
+              use(buffer_kind, o.out);
               vector_of(o.weight, width(o.x));
               require(width(o.out) >= width(o.x), "norm: the buffer is too narrow");
             },
             [&](const op::NormQuantise& o) {
+              use(buffer_kind, o.x);
               vector_of(o.weight, width(o.x));
               widest = std::max(widest, width(o.x));
               for (const int a : o.out) {
                 require(activations_.at(a).format.in_features <= width(o.x), "norm: activations are too wide");
-                activation_kind[a] = kind;
+                use(activation_kind, a);
               }
             },
             [&](const op::Quantise& o) {
+              use(buffer_kind, o.x);
+              use(activation_kind, o.out);
               require(activations_.at(o.out).format.in_features <= width(o.x), "quantise: activations are too wide");
-              activation_kind[o.out] = kind;
             },
             [&](const op::Linear& o) {
+              use(activation_kind, o.activations);
+              use(buffer_kind, o.out);
               const PackedLinear& w = *weights_.at(o.weights);
               const ActivationFormat& f = activations_.at(o.activations).format;
               require(f.in_features == w.in_features, "linear: activations and weights differ in width");
@@ -120,9 +132,10 @@ void Program::finish(int logits_buffer) {
                       "linear: the buffer is too narrow");
               if (o.bias >= 0) vector_of(o.bias, w.out_features);
               widest_linear = std::max(widest_linear, w.in_features);
-              buffer_kind[o.out] = kind;
             },
             [&](const op::Rope& o) {
+              use(buffer_kind, o.qkv);
+              require(kind == 0, "rope: before the gather");
               require(width(o.qkv) >= qkv_width, "rope: the buffer is too narrow");
               require(o.rotary_dim > 0 && o.rotary_dim % 2 == 0 && o.rotary_dim <= layout_.head_dim, "rope: rotary_dim must be even and at most head_dim");
               require(vectors_.at(o.table).size() >= static_cast<size_t>(limits_.max_positions) * o.rotary_dim, "rope: the table is too short");
@@ -131,17 +144,24 @@ void Program::finish(int logits_buffer) {
               require(o.layer >= 0 && o.layer < num_layers_, "rope: no such layer");
             },
             [&](const op::Attention& o) {
+              use(buffer_kind, o.out);
+              require(kind == 0, "attention: before the gather");
               require(width(o.out) >= heads_width, "attention: the buffer is too narrow");
               require(o.layer >= 0 && o.layer < num_layers_ && o.window >= 0, "attention: no such layer or window");
             },
-            [&](const op::Add& o) { require(width(o.out) >= width(o.x), "add: the buffer is too narrow"); },
+            [&](const op::Add& o) {
+              use(buffer_kind, o.x);
+              use(buffer_kind, o.out);
+              require(width(o.out) >= width(o.x), "add: the buffer is too narrow");
+            },
             [&](const op::Gate& o) {
+              for (const int b : {o.gate, o.up, o.out}) use(buffer_kind, b);
               require(width(o.gate) == width(o.up) && width(o.out) >= width(o.gate), "gate: buffers differ in width");
             },
             [&](const op::Gather& o) {
-              require(width(o.out) >= width(o.x) && o.x != o.out && kind == 0, "gather: once, into a buffer of its own");
+              require(width(o.out) >= width(o.x) && buffer_kind.at(o.x) == 0, "gather: from a buffer of all rows, into one as wide");
               kind = 1;
-              buffer_kind[o.out] = 1;
+              use(buffer_kind, o.out);
             },
         },
         operation);
@@ -150,14 +170,20 @@ void Program::finish(int logits_buffer) {
   require(kind == 1, "a program gathers the rows whose logits are wanted");
   logits_ = logits_buffer;
   (void)buffers_.at(logits_buffer);
-  const auto rows_of = [&](int k) { return static_cast<size_t>(k == 1 ? limits_.max_logit_rows : limits_.max_tokens); };
+  find_runs();
+  const int passing_rows = std::min(limits_.max_tokens, block_rows * pool_.size());
+  const auto rows_of = [&](int k, bool passing) {
+    return static_cast<size_t>(k == 1 ? limits_.max_logit_rows : passing ? passing_rows : limits_.max_tokens);
+  };
   for (size_t b = 0; b < buffers_.size(); ++b) {
     // Of the logits mostly a few rows are written: large pages would take memory for many.
     const Pages pages = static_cast<int>(b) == logits_ ? Pages::small : Pages::large;
-    buffers_[b].memory = Memory(rows_of(buffer_kind[b]) * buffers_[b].stride * sizeof(float), pages);
+    buffers_[b].passing = buffers_[b].passing && buffer_kind[b] == 0;
+    buffers_[b].memory = Memory(rows_of(buffer_kind[b], buffers_[b].passing) * buffers_[b].stride * sizeof(float), pages);
   }
   for (size_t a = 0; a < activations_.size(); ++a) {
-    activations_[a].memory = Memory(rows_of(activation_kind[a]) * activations_[a].format.row_bytes());
+    activations_[a].passing = activation_kind[a] == 0;
+    activations_[a].memory = Memory(rows_of(activation_kind[a], activations_[a].passing) * activations_[a].format.row_bytes());
   }
   arena_.trim();
   pool_memory_ = Memory(page_bytes() * limits_.num_pages);
@@ -183,6 +209,45 @@ void Program::finish(int logits_buffer) {
     if (const auto* o = std::get_if<op::Linear>(&operations_[i])) next = o->weights;
   }
   next_ = std::make_unique<std::atomic<int>[]>(operations_.size() + 1);
+}
+
+// Runs of operations that take each row by itself, and the buffers that only pass something on within a run: where one
+// uses such a buffer, it has written it before. Activations always are: they are made for what comes next.
+void Program::find_runs() {
+  run_end_.assign(operations_.size(), 0);
+  std::vector<char> kept(buffers_.size(), 0);
+  std::vector<char> written(buffers_.size(), 0);
+  const auto reads = [&](int b) { kept[b] |= !written[b]; };
+  const auto writes = [&](int b) { written[b] = 1; };
+  const auto leaves_run = [&](int b) { kept[b] = 1; };
+  size_t begin = 0;
+  for (size_t i = 0; i < operations_.size(); ++i) {
+    bool alone = false;
+    std::visit(Overloaded{
+                   [&](const op::Embed& o) { writes(o.out); },
+                   [&](const op::Norm& o) { reads(o.x), writes(o.out); },
+                   [&](const op::NormQuantise& o) { reads(o.x); },
+                   [&](const op::Quantise& o) { reads(o.x); },
+                   [&](const op::Linear& o) {
+                     if (o.epilogue == Epilogue::add) reads(o.out);
+                     writes(o.out);
+                   },
+                   [&](const op::Rope& o) { reads(o.qkv); },
+                   // Attention reads other rows, and a gather changes which rows there are.
+                   [&](const op::Attention& o) { leaves_run(o.out), alone = true; },
+                   [&](const op::Add& o) { reads(o.x), reads(o.out); },
+                   [&](const op::Gate& o) { reads(o.gate), reads(o.up), writes(o.out); },
+                   [&](const op::Gather& o) { leaves_run(o.x), leaves_run(o.out), alone = true; },
+               },
+               operations_[i]);
+    if (alone || i + 1 == operations_.size()) {
+      std::fill(run_end_.begin() + begin, run_end_.begin() + i + (alone ? 0 : 1), static_cast<int>(alone ? i : i + 1));
+      std::fill(written.begin(), written.end(), 0);
+      begin = i + 1;
+    }
+  }
+  kept[logits_] = 1;
+  for (size_t b = 0; b < buffers_.size(); ++b) buffers_[b].passing = !kept[b];
 }
 
 void Program::check(const Step& step) const {

@@ -1,5 +1,6 @@
 // A program: a flat list of operations on preallocated buffers, laid out once by Python, executed here for each step.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -11,12 +12,14 @@
 #include "memory.h"
 #include "packed.h"
 #include "pool.h"
+#include "prefetch.h"
 #include "sample.h"
 
 namespace fallow {
 
 // Operations name their operands by number: buffers are float32 [rows][width], activations are rows for the linear
-// kernels, weights and vectors are constants. Rows are all tokens of a step, or, after a gather, its logit rows.
+// kernels, weights and vectors are constants. Rows are all tokens of a step, or, from the
+// first gather on, its logit rows.
 namespace op {
 struct Embed {
   int weights, out;
@@ -118,10 +121,12 @@ class Program {
     int width;
     size_t stride;  // floats between rows: kernels write whole vectors of sixteen
     Memory memory;
+    bool passing = false;  // holds only what one operation leaves to the next ones of its run
   };
   struct Activations {
     ActivationFormat format;
     Memory memory;
+    bool passing = false;
   };
   // A block of queries that share a KV head; segment < 0: all segments one after the other.
   struct AttentionItem {
@@ -133,20 +138,30 @@ class Program {
     SampleScratch sample;
   };
 
+  // What a thread does of an operation: rows [begin, end), and of their columns share `share` of `shares`. Row r is row
+  // r - shift of the buffers that only hold what is passed on within a run of operations.
+  struct Part {
+    int begin, end, share, shares, shift;
+    int first_of(int n) const { return static_cast<int>(n * int64_t{share} / shares); }
+    int end_of(int n) const { return static_cast<int>(n * (int64_t{share} + 1) / shares); }
+  };
+
   void add_to_sums(int r, const float* normed, std::vector<int64_t>& sums) const;
   void add_to_totals(int index, const std::vector<int64_t>& sums);
+  void find_runs();
   void plan_attention(const Step& step);
   void execute(int thread);
-  void execute(const op::Embed&, int index, int thread);
-  void execute(const op::Norm&, int index, int thread);
-  void execute(const op::NormQuantise&, int index, int thread);
-  void execute(const op::Quantise&, int index, int thread);
-  void execute(const op::Linear&, int index, int thread);
-  void execute(const op::Rope&, int index, int thread);
-  void execute(const op::Attention&, int index, int thread);
-  void execute(const op::Add&, int index, int thread);
-  void execute(const op::Gate&, int index, int thread);
-  void execute(const op::Gather&, int index, int thread);
+  Part part_of(int index, int thread) const;
+  void execute(const op::Embed&, int index, int thread, const Part&);
+  void execute(const op::Norm&, int index, int thread, const Part&);
+  void execute(const op::NormQuantise&, int index, int thread, const Part&);
+  void execute(const op::Quantise&, int index, int thread, const Part&);
+  void execute(const op::Linear&, int index, int thread, const Part&);
+  void execute(const op::Rope&, int index, int thread, const Part&);
+  void execute(const op::Attention&, int index, int thread, const Part&);
+  void execute(const op::Add&, int index, int thread, const Part&);
+  void execute(const op::Gate&, int index, int thread, const Part&);
+  void execute(const op::Gather&, int index, int thread, const Part&);
 
   void attend(const op::Attention&, const AttentionItem&, ThreadScratch&);
   void attend_segment(const op::Attention&, const AttentionItem&, ThreadScratch&);
@@ -154,22 +169,34 @@ class Program {
   AttentionTask attention_task(const op::Attention&, const AttentionItem&) const;
 
   int rows(int index) const { return row_kind_[index] == 1 ? step_.num_logit_rows : step_.num_tokens; }
-  float* row(int buffer, int r) const {
-    return buffers_[buffer].memory.as<float>() + static_cast<size_t>(r) * buffers_[buffer].stride;
+  float* row(int buffer, int r, const Part& part) const {
+    const Buffer& b = buffers_[buffer];
+    return b.memory.as<float>() + static_cast<size_t>(b.passing ? r - part.shift : r) * b.stride;
   }
-  uint8_t* activation_row(int activations, int r) const {
-    return activations_[activations].memory.data() + static_cast<size_t>(r) * activations_[activations].format.row_bytes();
+  uint8_t* activation_row(int activations, int r, const Part& part) const {
+    const Activations& a = activations_[activations];
+    return a.memory.data() + static_cast<size_t>(a.passing ? r - part.shift : r) * a.format.row_bytes();
   }
   uint8_t* page(int layer, int page) const {
     return pool_memory_.data() + static_cast<size_t>(page) * page_bytes() + static_cast<size_t>(layer) * layout_.page_bytes();
   }
-  // Calls f(row) for the rows of operation `index` that are this thread's.
+  // Calls f(row) for the rows of `part`, of which f reads `width` floats from column `first` on. They are fetched well
+  // before: another core may have written them.
   template <class F>
-  void for_rows(int index, int thread, const F& f) const {
-    const int n = rows(index);
-    const int64_t threads = pool_.size();
-    for (int r = static_cast<int>(n * int64_t{thread} / threads); r < static_cast<int>(n * (int64_t{thread} + 1) / threads); ++r) f(r);
+  void fetching_ahead(int buffer, int first, int width, const Part& part, const F& f) const {
+    constexpr int fetch_bytes = 16384;
+    const int bytes = width * static_cast<int>(sizeof(float));
+    const int ahead = std::max(1, fetch_bytes / std::max(bytes, 1));
+    for (int r = part.begin; r < std::min(part.end, part.begin + ahead); ++r) prefetch_run(row(buffer, r, part) + first, bytes);
+    for (int r = part.begin; r < part.end; ++r) {
+      if (r + ahead < part.end) prefetch_run(row(buffer, r + ahead, part) + first, bytes);
+      f(r);
+    }
   }
+  // Rows that a thread takes through a run of operations at once.
+  static constexpr int block_rows = 64;
+  // Where the part of `thread` begins when n things are shared out.
+  int share(int n, int thread) const { return static_cast<int>(n * int64_t{thread} / pool_.size()); }
 
   const Kernels& kernels_;
   KvLayout layout_;
@@ -183,6 +210,7 @@ class Program {
   std::vector<std::vector<float>> vectors_;
   std::vector<Operation> operations_;
   std::vector<int> row_kind_;  // of each operation: 0 tokens, 1 logit rows
+  std::vector<int> run_end_;  // of each operation: the end of those around it that take each row by itself; 0: it does not
   std::vector<int> next_linear_;  // of each operation: the weights of the linear after it, or -1
   int logits_ = -1;
   Memory pool_memory_;
@@ -193,6 +221,7 @@ class Program {
   SampleArgs* sample_ = nullptr;
   // Per operation, while centring: sums of the normalised rows, in fixed point.
   std::vector<std::vector<int64_t>> totals_;
+  int last_centred_ = 0;  // the last operation that centring needs
   std::mutex totals_mutex_;
   struct Centred {
     int centre, weights, bias;

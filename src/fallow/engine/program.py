@@ -20,8 +20,6 @@ from fallow.models.dequantize import dequantize
 from fallow.models.quantize import quantize_q4_1, quantize_q8_0
 from fallow.models.tensors import Checkpoint, RawTensor, TensorType
 
-FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
-
 
 @dataclass
 class ProgramBuilder:
@@ -71,7 +69,7 @@ class ProgramBuilder:
             return "any", "bf16"
         if self.precision == "q8" and tensor.type is not TensorType.Q8_0:
             return "any", "q8"
-        if self.precision == "q4" and tensor.type in FLOATS:
+        if self.precision == "q4" and tensor.type.is_floating:
             return ("Q8_0" if vocabulary else "Q4_1"), "own"
         return tensor.type.name, "own"
 
@@ -91,21 +89,25 @@ class DecoderProgram:
         self._program = builder.program
         self._config = builder.checkpoint.config
         config = self._config
-        self._x = self._program.buffer(config.hidden_size)
-        self._branch = self._program.buffer(config.hidden_size) if config.post_norms else -1
         self._qkv = self._program.buffer(
             (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         )
-        self._attended = self._program.buffer(config.num_attention_heads * config.head_dim)
-        self._inner = self._program.buffer(config.intermediate_size)
-        self._gate_up: tuple[int, int] | None = None
-        self._activations: dict[tuple[object, ...], int] = {}
+        self._make_buffers()
         self._tables = {
             local: self._program.vector(rope_table(rope, positions).reshape(-1))
             for local, rope in ((False, config.rope), (True, config.rope_local))
             if rope is not None
         }
         self._build()
+
+    def _make_buffers(self) -> None:
+        config, program = self._config, self._program
+        self._x = program.buffer(config.hidden_size)
+        self._branch = program.buffer(config.hidden_size) if config.post_norms else -1
+        self._attended = program.buffer(config.num_attention_heads * config.head_dim)
+        self._inner = program.buffer(config.intermediate_size)
+        self._gate_up: tuple[int, int] | None = None
+        self._activations: dict[tuple[object, ...], int] = {}
 
     def _build(self) -> None:
         config, program, builder = self._config, self._program, self._builder
@@ -115,13 +117,11 @@ class DecoderProgram:
         for layer in range(config.num_hidden_layers):
             self._attention(layer)
             self._feed_forward(layer)
-        last = program.buffer(config.hidden_size)
-        program.gather(self._x, last)
         head = table if config.tie_word_embeddings else builder.weights(["lm_head"], asymmetric=True, vocabulary=True)
         logits = program.buffer(config.vocab_size)
         norm = builder.vector("norm")
         activations = program.activations_for(head)
-        program.norm_quantise(last, norm, [activations], config.rms_norm_eps)
+        program.norm_quantise(self._x, norm, [activations], config.rms_norm_eps)
         program.linear(activations, head, logits)
         program.finish(logits)
 
@@ -152,7 +152,16 @@ class DecoderProgram:
             layer=layer,
         )
         program.attention(self._attended, layer=layer, window=window or 0, scale=config.attention_scale)
+        if layer == config.num_hidden_layers - 1:
+            self._keep_logit_rows()
         self._project(self._attended, name + "o_proj", name + "attention_post_norm")
+
+    def _keep_logit_rows(self) -> None:
+        """Go on with the rows whose logits are wanted: no layer will see the others any more."""
+        x, attended = self._x, self._attended
+        self._make_buffers()
+        self._program.gather(x, self._x)
+        self._program.gather(attended, self._attended)
 
     def _feed_forward(self, layer: int) -> None:
         config, program, builder = self._config, self._program, self._builder
