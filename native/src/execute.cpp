@@ -1,6 +1,7 @@
 // A step of a program. With few rows every thread runs every operation on its share, with a barrier between two
-// operations. With many each takes some rows through all operations up to the next attention: what it writes it reads
-// again from its own cache. No bit of a result depends on who computes it.
+// operations. Where there are enough for a register tile each, a thread takes its own through all operations up to the
+// next attention: what it writes it reads again from its own cache, and weights come once from memory, then from the
+// last-level cache. No bit of a result depends on who computes it.
 #include <algorithm>
 #include <cstring>
 
@@ -11,7 +12,7 @@ namespace fallow {
 namespace {
 
 constexpr size_t next_bytes = 32768;  // of a linear's weights, fetched while the operation before it ends
-constexpr int column_rows = 64;       // beyond, rows lie too far apart to be walked down a column
+constexpr int own_rows = 6;           // a thread has at least so many of its own: a register tile of AVX-512
 
 }  // namespace
 
@@ -29,6 +30,7 @@ void Program::run(const Step& step, SampleArgs* sample) {
     }
   }
   plan_attention(step);
+  list_pages_ahead();
   for (size_t i = 0; i <= operations_.size(); ++i) next_[i].store(0, std::memory_order_relaxed);
   pool_.run([](void* self, int thread) { static_cast<Program*>(self)->execute(thread); }, this);
 }
@@ -40,14 +42,14 @@ void Program::execute(int thread) {
   };
   for (int i = 0; i < count;) {
     if (row_kind_[i] == 1 && step_.num_logit_rows == 0) break;
-    if (run_end_[i] > i && rows(i) >= block_rows * pool_.size()) {
+    if (run_end_[i] > i && rows(i) >= own_rows * pool_.size()) {
       const int end = std::min(run_end_[i], count);
       const int first = share(rows(i), thread);
       const int mine = share(rows(i), thread + 1) - first;
       const int blocks = (mine + block_rows - 1) / block_rows;
       for (int b = 0; b < blocks; ++b) {
         const int begin = first + mine * b / blocks;
-        const Part block{begin, first + mine * (b + 1) / blocks, 0, 1, begin - thread * block_rows};
+        const Part block{begin, first + mine * (b + 1) / blocks, 0, 1, begin - std::min(first, thread * block_rows)};
         for (int k = i; k < end; ++k) run(k, block);
       }
       i = end;
@@ -66,7 +68,7 @@ void Program::execute(int thread) {
 Program::Part Program::part_of(int index, int thread) const {
   const int n = rows(index);
   const bool by_columns = std::holds_alternative<op::Linear>(operations_[index]) ||
-                          (std::holds_alternative<op::Quantise>(operations_[index]) && n <= column_rows);
+                          std::holds_alternative<op::Quantise>(operations_[index]);
   if (by_columns) return {0, n, thread, pool_.size(), 0};
   return {share(n, thread), share(n, thread + 1), 0, 1, 0};
 }
@@ -137,7 +139,8 @@ void Program::execute(const op::Linear& o, int index, int thread, const Part& pa
                         row(o.out, part.begin, part) + o.column,
                         buffers_[o.out].stride,
                         o.bias < 0 ? nullptr : vectors_[o.bias].data(),
-                        o.epilogue};
+                        o.epilogue,
+                        pages_ahead(index, thread)};
   uint8_t* scratch = scratch_[thread].linear.data();
   kernels_.linear(task, 2 * part.first_of((w.tiles + 1) / 2), 2 * part.end_of((w.tiles + 1) / 2), scratch);
   // While the others finish, the start of this thread's next weights comes.

@@ -53,6 +53,38 @@ void Program::plan_attention(const Step& step) {
   }
 }
 
+// In the order in which items are taken, as many as the last-level cache may hold beside the rest.
+void Program::list_pages_ahead() {
+  constexpr size_t most_bytes = 8 << 20;
+  constexpr int fewest_rows = 4;  // with fewer, linears wait for their weights
+  constexpr int most_rows = 128;  // with more, attention computes longer than it waits
+  const size_t most = most_bytes / layout_.page_bytes();
+  for (auto& [window, pages] : pages_ahead_) {
+    pages.clear();
+    if (step_.num_tokens < fewest_rows || step_.num_tokens > most_rows) continue;
+    for (int s = step_.num_sequences; s-- > 0;) {
+      const int first = step_.start_positions[s];
+      const int end = first + step_.row_offsets[s + 1] - step_.row_offsets[s];
+      const int low = window > 0 ? std::max(0, first + 1 - window) : 0;
+      for (int page = low / page_size; page * page_size < end && pages.size() < most; ++page) {
+        pages.push_back(step_.page_table[static_cast<size_t>(s) * step_.table_width + page]);
+      }
+    }
+  }
+}
+
+PagesAhead Program::pages_ahead(int index, int thread) const {
+  const Ahead& ahead = ahead_[index];
+  if (ahead.layer < 0) return {};
+  const auto same = [&](const auto& entry) { return entry.first == ahead.window; };
+  const std::vector<int32_t>& pages = std::find_if(pages_ahead_.begin(), pages_ahead_.end(), same)->second;
+  const int first = share(static_cast<int>(pages.size()), thread);
+  const int64_t mine = share(static_cast<int>(pages.size()), thread + 1) - first;
+  const auto begin = mine * ahead.begin / ahead.total;
+  const auto end = mine * ahead.end / ahead.total;
+  return {page(ahead.layer, 0), page_bytes(), layout_.page_bytes(), pages.data() + first + begin, static_cast<int>(end - begin)};
+}
+
 AttentionTask Program::attention_task(const op::Attention& o, const AttentionItem& item) const {
   const size_t stride = static_cast<size_t>(layout_.num_heads) * layout_.padded_dim();
   return {layout_,

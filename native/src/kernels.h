@@ -12,6 +12,15 @@ namespace fallow {
 
 enum class Epilogue : int { store = 0, add = 1, silu_gate = 2, gelu_gate = 3 };
 
+// Pages of a layer's KV cache that are fetched from memory while a linear computes: the attention to come reads them.
+struct PagesAhead {
+  const uint8_t* pool = nullptr;  // that layer's pages
+  size_t page_stride = 0;         // bytes between pages
+  size_t bytes = 0;               // of a page
+  const int32_t* pages = nullptr;
+  int count = 0;
+};
+
 struct LinearTask {
   const PackedLinear* weights;
   ActivationFormat format;
@@ -21,6 +30,7 @@ struct LinearTask {
   size_t out_stride;
   const float* bias;  // [tiles rounded up to even * 16] or null
   Epilogue epilogue;
+  PagesAhead ahead;  // this thread's part
 };
 
 // Where the KV cache of one layer keeps its pages. Of a page: for each KV head its keys, bfloat16

@@ -208,6 +208,7 @@ void Program::finish(int logits_buffer) {
     next_linear_[i] = next;
     if (const auto* o = std::get_if<op::Linear>(&operations_[i])) next = o->weights;
   }
+  find_aheads();
   next_ = std::make_unique<std::atomic<int>[]>(operations_.size() + 1);
 }
 
@@ -248,6 +249,31 @@ void Program::find_runs() {
   }
   kept[logits_] = 1;
   for (size_t b = 0; b < buffers_.size(); ++b) buffers_[b].passing = !kept[b];
+}
+
+// Linears between two attentions fetch the pages that the second one reads, each its share by the size of its weights.
+void Program::find_aheads() {
+  ahead_.assign(operations_.size(), {});
+  pages_ahead_.clear();
+  size_t begin = 0;
+  for (size_t i = 0; i < operations_.size(); ++i) {
+    const auto* attention = std::get_if<op::Attention>(&operations_[i]);
+    if (attention == nullptr) continue;
+    int64_t total = 0;
+    const auto for_linears = [&](const auto& f) {
+      for (size_t k = begin; k < i; ++k) {
+        if (const auto* linear = std::get_if<op::Linear>(&operations_[k])) f(ahead_[k], *weights_[linear->weights]);
+      }
+    };
+    for_linears([&](Ahead& a, const PackedLinear& w) {
+      a = {attention->layer, attention->window, total, total + w.tiles, 1};
+      total += w.tiles;
+    });
+    for_linears([&](Ahead& a, const PackedLinear&) { a.total = total; });
+    const auto same = [&](const auto& entry) { return entry.first == attention->window; };
+    if (std::none_of(pages_ahead_.begin(), pages_ahead_.end(), same)) pages_ahead_.push_back({attention->window, {}});
+    begin = i + 1;
+  }
 }
 
 void Program::check(const Step& step) const {

@@ -149,6 +149,9 @@ class Program {
   void add_to_sums(int r, const float* normed, std::vector<int64_t>& sums) const;
   void add_to_totals(int index, const std::vector<int64_t>& sums);
   void find_runs();
+  void find_aheads();
+  void list_pages_ahead();
+  PagesAhead pages_ahead(int index, int thread) const;
   void plan_attention(const Step& step);
   void execute(int thread);
   Part part_of(int index, int thread) const;
@@ -211,6 +214,14 @@ class Program {
   std::vector<Operation> operations_;
   std::vector<int> row_kind_;  // of each operation: 0 tokens, 1 logit rows
   std::vector<int> run_end_;  // of each operation: the end of those around it that take each row by itself; 0: it does not
+  // Of each linear: which part of the pages of which layer it fetches for the attention to come.
+  struct Ahead {
+    int layer = -1;
+    int window = 0;
+    int64_t begin = 0, end = 0, total = 1;
+  };
+  std::vector<Ahead> ahead_;
+  std::vector<std::pair<int, std::vector<int32_t>>> pages_ahead_;  // of a step: for each window its pages
   std::vector<int> next_linear_;  // of each operation: the weights of the linear after it, or -1
   int logits_ = -1;
   Memory pool_memory_;

@@ -1,14 +1,21 @@
-"""A request's tokens and log-probabilities are the same bits alone and in any company, cut and cached in any way."""
+"""A request's tokens and log-probabilities are the same bits alone and in any company, cut and cached in any way, and
+whichever threads compute them."""
 
 from __future__ import annotations
 
 import random
 import threading
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pytest
 
 from fallow.engine.constraint import Constraint
 from fallow.engine.engine import Engine, RequestDelta
+from fallow.engine.runner import ModelRunner
 from fallow.engine.sampling import SamplingParams
+from fallow.models.checkpoint import open_checkpoint
 
 REQUESTS = 64
 MAX_NUM_SEQS = 12
@@ -100,3 +107,20 @@ def test_the_same_bits_alone_and_in_shuffled_batches(start_engine: Any) -> None:
     stats = engine.stats()
     assert stats.prefix_hits > 0
     assert stats.preemptions > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_same_bits_with_any_number_of_threads_and_rows(tiny_checkpoints: dict[str, Path], family: str) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoints[family])
+    tokens = np.random.default_rng(3).integers(3, checkpoint.config.vocab_size, 150).tolist()
+
+    def logits(threads: int, rows: int) -> Any:
+        runner = ModelRunner(checkpoint, precision="q8", threads=threads, num_pages=8, max_step_tokens=rows)
+        try:
+            return runner.logits(tokens, chunk=rows)
+        finally:
+            runner.close()
+
+    alone = logits(1, 150)
+    for threads, rows in [(1, 5), (2, 7), (2, 13), (2, 130), (3, 17), (3, 20), (5, 64)]:
+        np.testing.assert_array_equal(logits(threads, rows), alone, err_msg=f"{threads} threads, {rows} rows a step")

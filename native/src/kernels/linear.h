@@ -43,6 +43,37 @@ struct TileSource {
   const uint8_t* weight_pairs[2];
   const uint8_t* next;  // of the tiles two pairs on, what is still to be fetched while these are computed
   size_t fetch;         // bytes of it a step
+  const uint8_t* page;  // the same of a page that attention will read
+  size_t page_fetch;
+};
+
+// Where the fetching of pages is: a page takes `calls` register tiles of `step` bytes a step each.
+struct PageCursor {
+  PageCursor(const PagesAhead& ahead, int steps, int tiles) : ahead(ahead) {
+    if (ahead.count == 0 || tiles == 0) return;
+    calls = std::max(1, tiles / ahead.count);
+    step = ActivationFormat::align((ahead.bytes + static_cast<size_t>(calls) * steps - 1) / (static_cast<size_t>(calls) * steps));
+    tile_bytes = step * steps;
+  }
+  void next(TileSource& t) {
+    if (page >= ahead.count || calls == 0) {
+      t.page_fetch = 0;
+      return;
+    }
+    t.page = ahead.pool + static_cast<size_t>(ahead.pages[page]) * ahead.page_stride + done * tile_bytes;
+    t.page_fetch = step;
+    if (++done * tile_bytes >= ahead.bytes) {
+      done = 0;
+      ++page;
+    }
+  }
+
+  const PagesAhead& ahead;
+  int calls = 0;
+  size_t step = 0;
+  size_t tile_bytes = 0;
+  int page = 0;
+  size_t done = 0;
 };
 
 template <class S, Scales SC>
@@ -75,6 +106,8 @@ FALLOW_INLINE void start_with_pairs(const TileSource& t, typename S::F (&acc)[MR
 FALLOW_INLINE void fetch_next(const TileSource& t, int step) {
   const uint8_t* p = t.next + step * t.fetch;
   for (size_t line = 0; line < t.fetch; line += cache_line) prefetch_far(p + line);
+  const uint8_t* page = t.page + step * t.page_fetch;
+  for (size_t line = 0; line < t.page_fetch; line += cache_line) prefetch_far(page + line);
 }
 
 // CODES: how the codes lie in memory (q4 or q8). FETCH: a part of the tiles to come is fetched with every group.
@@ -221,7 +254,7 @@ FALLOW_NOINLINE void compute_tile(const LinearTask& task, TileSource& t, int row
 
 // All rows by a pair of tiles. The pair to come is fetched evenly over the register tiles, a cache line a step or more.
 template <class S, Codes CODES, int GROUP, Scales SC>
-inline void compute_rows(const LinearTask& task, TileSource& t, int tile, int steps) {
+inline void compute_rows(const LinearTask& task, TileSource& t, PageCursor& pages, int tile, int steps) {
   const size_t pair_bytes = 2 * task.weights->tile_bytes;
   const size_t steps_in_all = static_cast<size_t>(steps) * ((task.rows + S::max_rows - 1) / S::max_rows);
   t.fetch = ActivationFormat::align((pair_bytes + steps_in_all - 1) / steps_in_all);
@@ -231,9 +264,10 @@ inline void compute_rows(const LinearTask& task, TileSource& t, int tile, int st
     const int left = task.rows - row;
     const int tiles_left = (left + S::max_rows - 1) / S::max_rows;
     const int take = (left + tiles_left - 1) / tiles_left;
+    pages.next(t);
     with_rows<S>(take, [&](auto rows) {
       constexpr int MR = decltype(rows)::value;
-      if (t.next < end) {
+      if (t.next < end || t.page_fetch > 0) {
         compute_tile<S, MR, CODES, GROUP, SC, true>(task, t, row, tile);
       } else {
         compute_tile<S, MR, CODES, GROUP, SC, false>(task, t, row, tile);
@@ -270,6 +304,7 @@ void linear_tiles(const LinearTask& task, int begin, int end, uint8_t* scratch) 
   const int steps = CODES == Codes::bf16 ? (w.in_features + 1) / 2 : w.groups;
   // Widening pays once the codes are used by more than one register tile.
   const bool widen = CODES == Codes::q4 && task.rows > 6 * S::max_rows;
+  PageCursor pages(task.ahead, steps, (end - begin) / 2 * ((task.rows + S::max_rows - 1) / S::max_rows));
   for (int tile = begin; tile < end; tile += 2) {
     t.next = w.tile(tile + 4);
     for (int n = 0; n < 2; ++n) {
@@ -284,9 +319,9 @@ void linear_tiles(const LinearTask& task, int begin, int end, uint8_t* scratch) 
       }
     }
     if (widen) {
-      compute_rows<S, Codes::q8, GROUP, SC>(task, t, tile, steps);
+      compute_rows<S, Codes::q8, GROUP, SC>(task, t, pages, tile, steps);
     } else {
-      compute_rows<S, CODES, GROUP, SC>(task, t, tile, steps);
+      compute_rows<S, CODES, GROUP, SC>(task, t, pages, tile, steps);
     }
   }
 }
