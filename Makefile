@@ -54,7 +54,7 @@ clean:  ## back to a fresh clone
 	.venv-test/bin/python -m pip install --quiet '$(TORCH)'
 	.venv-test/bin/python -m pip install --quiet $(BUILD_REQUIREMENTS)
 	.venv-test/bin/python -m pip install --quiet --no-build-isolation --config-settings=build-dir=build/editable \
-		--editable '.[test,lint]'
+		--editable '.[test,lint,train]'
 	@touch $@
 
 # $(call make_venv,FOLDER): the first Python that can make one; it is run, since a name on the path may be an empty shim.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fallow.errors import FallowError, ModelFileError
+from fallow.files import replacing
 
 VERSION = 1
 MAX_PLAN_BYTES = 16 << 20
@@ -107,18 +106,8 @@ class SparsityPlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan; the file is complete or not there."""
-        path = Path(path)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.to_json(), file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        with replacing(Path(path)) as file:
+            file.write(json.dumps(self.to_json(), indent=1).encode() + b"\n")
 
     @staticmethod
     def load(path: str | Path) -> SparsityPlan:

@@ -6,7 +6,6 @@ installed into it, so that other versions make another one. pip is called as the
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,10 +13,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fallow import files
 from fallow.errors import FallowError
 from fallow.models.store import store_path
 from fallow.terminal import Progress
@@ -85,15 +85,13 @@ def peer_python(name: str, requirements: Requirements, progress: Progress | None
 @contextmanager
 def locked(name: str) -> Iterator[None]:
     """One process at a time makes what is called ``name``; the lock goes with its process, however that ends."""
-    try:
-        peers_home().mkdir(parents=True, exist_ok=True)
-        lock = (peers_home() / f"{name}.lock").open("w")
-    except OSError as error:
-        raise PeerError(
-            f"{peers_home()} cannot be written ({error.strerror}): set FALLOW_PEERS_HOME to a folder that can."
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(peers_home() / f"{name}.lock"))
+        except OSError as error:
+            raise PeerError(
+                f"{peers_home()} cannot be written ({error.strerror}): set FALLOW_PEERS_HOME to a folder that can."
+            ) from error
         yield
 
 

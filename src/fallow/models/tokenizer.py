@@ -27,7 +27,8 @@ class Tokenizer:
 
     ``token_bytes[i]`` is what token ``i`` adds to the text, ``b""`` for special tokens, so that the text of any ids
     is ``b"".join(token_bytes[i] for i in ids).decode(errors="replace")``. ``vocab_size`` is its length; a model's
-    embedding may have more rows. ``backend`` is the ``tokenizers.Tokenizer`` beneath.
+    embedding may have more rows. ``prefix`` and ``suffix`` are the ids that go before and after a text. ``backend`` is
+    the ``tokenizers.Tokenizer`` beneath.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Tokenizer:
         self.token_bytes = TokenBytes(pieces)
         self._literal_backend: tokenizers.Tokenizer | None = None
         self._lock = threading.Lock()
-        self._prefix, self._suffix = self._extra_tokens(add_bos_token, add_eos_token)
+        self.prefix, self.suffix = self._extra_tokens(add_bos_token, add_eos_token)
         self.chat_template: ChatTemplate | None = None
         if chat_template is not None:
             self.chat_template = ChatTemplate(
@@ -105,7 +106,13 @@ class Tokenizer:
             raise RequestError(
                 f"The text cannot be tokenized: {error.__cause__}; is it valid Unicode?", param="prompt"
             ) from error
-        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else list(ids)
+        return [*self.prefix, *ids, *self.suffix] if add_special_tokens else list(ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, in parallel: for corpora. Nothing is put around a text, and special tokens in it are
+        plain characters. Raises ``ModelFileError`` where a text cannot be tokenized."""
+        encodings = _guarded("this tokenizer", self._literal().encode_batch_fast, texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; ids beyond the vocabulary add nothing. Bytes that are not UTF-8 become U+FFFD."""
@@ -259,10 +266,10 @@ def _build_backend(document: str) -> tokenizers.Tokenizer:
     return backend
 
 
-def _guarded(what: str, function: Callable[..., Any], *args: Any) -> Any:
+def _guarded(what: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call into the tokenizers library, whose panics arrive as exceptions that are not ``Exception``."""
     try:
-        return function(*args)
+        return function(*args, **options)
     except Exception as error:
         raise ModelFileError(f"{what} cannot be used: {error}.") from error
     except BaseException as error:
