@@ -35,8 +35,7 @@ NumpyFloats linear(const std::string& isa, const std::vector<WeightSource>& sour
   const PackedLinear w = pack_sources(sources, static_cast<int>(x.shape(1)), interleave, asymmetric, precision);
   const ActivationFormat format = format_for(w);
   const Epilogue e = epilogue_of(epilogue);
-  const bool gated = e == Epilogue::silu_gate || e == Epilogue::gelu_gate;
-  const size_t columns = gated ? w.out_features / 2 : w.out_features;
+  const size_t columns = is_gate(e) ? w.out_features / 2 : w.out_features;
   const int rows = static_cast<int>(x.shape(0));
   if (initial.shape(0) != x.shape(0) || initial.shape(1) != columns) throw std::invalid_argument("initial has another shape than the result");
   const size_t stride = rounded(columns, 2 * lanes);
@@ -62,11 +61,32 @@ NumpyFloats rms_norm(const std::string& isa, const Matrix& x, const Vector& weig
   return owned<float>(std::move(values), {x.shape(0), x.shape(1)});
 }
 
-NumpyFloats gate(const std::string& isa, const Matrix& g, const Matrix& up, bool gelu) {
+NumpyFloats gate(const std::string& isa, const Matrix& g, const Matrix& up, const std::string& activation) {
   if (g.size() != up.size()) throw std::invalid_argument("gate and up differ in shape");
   std::vector<float> values(g.size());
-  kernels_of(isa).gate(g.data(), up.data(), values.data(), static_cast<int>(g.size()), gelu);
+  kernels_of(isa).gate(g.data(), up.data(), values.data(), static_cast<int>(g.size()), activation_of(activation));
   return owned<float>(std::move(values), {g.shape(0), g.shape(1)});
+}
+
+NumpyFloats mix(const std::string& isa, const Matrix& x, const Matrix& first, float keep, float again) {
+  if (x.shape(0) != first.shape(0) || x.shape(1) != first.shape(1)) throw std::invalid_argument("x and first differ in shape");
+  std::vector<float> values(x.size());
+  for (size_t r = 0; r < x.shape(0); ++r) {
+    const size_t at = r * x.shape(1);
+    kernels_of(isa).mix(x.data() + at, keep, first.data() + at, again, values.data() + at, static_cast<int>(x.shape(1)));
+  }
+  return owned<float>(std::move(values), {x.shape(0), x.shape(1)});
+}
+
+NumpyFloats soft_cap(const std::string& isa, const Matrix& x, float cap) {
+  const size_t stride = rounded(x.shape(1), lanes);
+  const Memory rows = padded_rows(x, stride);
+  std::vector<float> values(x.size());
+  for (size_t r = 0; r < x.shape(0); ++r) {
+    kernels_of(isa).soft_cap(rows.as<float>() + r * stride, static_cast<int>(x.shape(1)), cap);
+    std::memcpy(values.data() + r * x.shape(1), rows.as<float>() + r * stride, x.shape(1) * sizeof(float));
+  }
+  return owned<float>(std::move(values), {x.shape(0), x.shape(1)});
 }
 
 // Rotates and caches `qkv` [tokens][(heads + 2 kv_heads) * head_dim] in pages that are in no order, then attends with
@@ -129,7 +149,9 @@ void bind_kernels(nb::module_& m) {
   m.def("linear", &linear, "isa"_a, "sources"_a, "x"_a, nb::kw_only(), "interleave"_a = false, "asymmetric"_a = false,
         "precision"_a = "own", "epilogue"_a = "store", "initial"_a);
   m.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a);
-  m.def("gate", &gate, "isa"_a, "gate"_a, "up"_a, nb::kw_only(), "gelu"_a);
+  m.def("gate", &gate, "isa"_a, "gate"_a, "up"_a, nb::kw_only(), "activation"_a);
+  m.def("mix", &mix, "isa"_a, "x"_a, "first"_a, nb::kw_only(), "keep"_a, "again"_a);
+  m.def("soft_cap", &soft_cap, "isa"_a, "x"_a, "cap"_a);
   m.def("attention", &attention, "isa"_a, "qkv"_a, "table"_a, nb::kw_only(), "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "rotary_dim"_a,
         "queries"_a, "window"_a, "scale"_a);
   m.def(

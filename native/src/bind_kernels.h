@@ -33,6 +33,7 @@ PackedLinear pack_sources(const std::vector<WeightSource>& sources, int in_featu
 // What activations must look like for these weights.
 ActivationFormat format_for(const PackedLinear& w);
 Epilogue epilogue_of(const std::string& name);
+Activation activation_of(const std::string& name);
 
 void bind_kernels(nanobind::module_& m);
 void bind_program(nanobind::module_& m);

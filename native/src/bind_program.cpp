@@ -73,8 +73,9 @@ void bind_program(nb::module_& m) {
       .def("describe", [](const Program& p, int w) { return describe(p.weights(w)); }, "weights"_a)
       .def("activations_for", [](Program& p, int w) { return p.add_activations(format_for(p.weights(w))); }, "weights"_a)
       .def(
-          "embed", [](Program& p, int weights, int out, float scale) { p.add(op::Embed{weights, out, scale}); }, "weights"_a, "out"_a,
-          "scale"_a = 1.f)
+          "embed",
+          [](Program& p, int weights, int out, float scale, int column, bool add) { p.add(op::Embed{weights, out, scale, column, add}); },
+          "weights"_a, "out"_a, "scale"_a = 1.f, nb::kw_only(), "column"_a = 0, "add"_a = false)
       .def("norm", [](Program& p, int x, int weight, int out, float eps) { p.add(op::Norm{x, weight, out, eps}); }, "x"_a, "weight"_a,
            "out"_a, "eps"_a)
       .def(
@@ -99,8 +100,15 @@ void bind_program(nb::module_& m) {
           "out"_a, nb::kw_only(), "layer"_a, "window"_a, "scale"_a)
       .def("add", [](Program& p, int x, int out) { p.add(op::Add{x, out}); }, "x"_a, "out"_a)
       .def(
-          "gate", [](Program& p, int gate, int up, int out, bool gelu) { p.add(op::Gate{gate, up, out, gelu}); }, "gate"_a, "up"_a, "out"_a,
-          nb::kw_only(), "gelu"_a)
+          "gate",
+          [](Program& p, int gate, int up, int out, const std::string& activation) {
+            p.add(op::Gate{gate, up, out, activation_of(activation)});
+          },
+          "gate"_a, "up"_a, "out"_a, nb::kw_only(), "activation"_a)
+      .def(
+          "mix", [](Program& p, int x, int first, int out, float keep, float again) { p.add(op::Mix{x, first, out, keep, again}); }, "x"_a,
+          "first"_a, "out"_a, nb::kw_only(), "keep"_a, "again"_a)
+      .def("soft_cap", [](Program& p, int x, float cap) { p.add(op::SoftCap{x, cap}); }, "x"_a, "cap"_a)
       .def("gather", [](Program& p, int x, int out) { p.add(op::Gather{x, out}); }, "x"_a, "out"_a)
       .def("finish", &Program::finish, "logits"_a)
       .def(

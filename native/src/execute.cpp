@@ -68,7 +68,8 @@ void Program::execute(int thread) {
 Program::Part Program::part_of(int index, int thread) const {
   const int n = rows(index);
   const bool by_columns = std::holds_alternative<op::Linear>(operations_[index]) ||
-                          std::holds_alternative<op::Quantise>(operations_[index]);
+                          std::holds_alternative<op::Quantise>(operations_[index]) ||
+                          std::holds_alternative<op::SoftCap>(operations_[index]);
   if (by_columns) return {0, n, thread, pool_.size(), 0};
   return {share(n, thread), share(n, thread + 1), 0, 1, 0};
 }
@@ -90,14 +91,16 @@ void Program::log_probabilities(const int32_t* targets, int count, float* out) {
       &task);
 }
 
-void Program::execute(const op::Embed& o, int, int, const Part& part) {
+void Program::execute(const op::Embed& o, int, int thread, const Part& part) {
   const PackedLinear& w = *weights_[o.weights];
   for (int r = part.begin; r < part.end; ++r) {
-    float* out = row(o.out, r, part);
-    unpack_row(w, step_.tokens[r], out);
+    float* out = row(o.out, r, part) + o.column;
+    float* values = o.add ? scratch_[thread].row.as<float>() : out;
+    unpack_row(w, step_.tokens[r], values);
     if (o.scale != 1.f) {
-      for (int i = 0; i < w.in_features; ++i) out[i] *= o.scale;
+      for (int i = 0; i < w.in_features; ++i) values[i] *= o.scale;
     }
+    if (o.add) kernels_.add(values, out, w.in_features);
   }
 }
 
@@ -170,7 +173,25 @@ void Program::execute(const op::Add& o, int, int, const Part& part) {
 }
 
 void Program::execute(const op::Gate& o, int, int, const Part& part) {
-  for (int r = part.begin; r < part.end; ++r) kernels_.gate(row(o.gate, r, part), row(o.up, r, part), row(o.out, r, part), buffers_[o.gate].width, o.gelu);
+  for (int r = part.begin; r < part.end; ++r) {
+    kernels_.gate(row(o.gate, r, part), row(o.up, r, part), row(o.out, r, part), buffers_[o.gate].width, o.activation);
+  }
+}
+
+void Program::execute(const op::Mix& o, int, int, const Part& part) {
+  for (int r = part.begin; r < part.end; ++r) {
+    kernels_.mix(row(o.x, r, part), o.keep, row(o.first, r, part), o.again, row(o.out, r, part), buffers_[o.x].width);
+  }
+}
+
+void Program::execute(const op::SoftCap& o, int, int, const Part& part) {
+  // By columns a thread changes what it wrote in the linear before.
+  constexpr int pair = 2 * lanes;
+  const int width = buffers_[o.x].width;
+  const int pairs = (width + pair - 1) / pair;
+  const int begin = part.first_of(pairs) * pair;
+  const int end = std::min(part.end_of(pairs) * pair, width);
+  for (int r = part.begin; r < part.end; ++r) kernels_.soft_cap(row(o.x, r, part) + begin, end - begin, o.cap);
 }
 
 void Program::execute(const op::Gather& o, int, int, const Part& part) {

@@ -11,8 +11,8 @@ namespace fallow {
 
 template <class S>
 constexpr Kernels make_kernels() {
-  return {S::name,           kernels::linear<S>, kernels::quantise<S>,  kernels::rms_norm<S>, kernels::add<S>,
-          kernels::gate<S>,  kernels::rope<S>,   kernels::attention<S>, kernels::merge<S>,    kernels::finish<S>};
+  return {S::name,          kernels::linear<S>,   kernels::quantise<S>, kernels::rms_norm<S>,  kernels::add<S>,   kernels::gate<S>,
+          kernels::mix<S>,  kernels::soft_cap<S>, kernels::rope<S>,     kernels::attention<S>, kernels::merge<S>, kernels::finish<S>};
 }
 
 }  // namespace fallow

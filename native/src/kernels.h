@@ -10,7 +10,16 @@
 
 namespace fallow {
 
-enum class Epilogue : int { store = 0, add = 1, silu_gate = 2, gelu_gate = 3 };
+enum class Activation : int { silu = 0, gelu_tanh = 1, relu = 2 };
+
+// What a linear does with its products: stores them, adds them, stores the squares of their positive parts, or, of
+// interleaved weights, multiplies the activated products of the first source with those of the second.
+enum class Epilogue : int { store = 0, add = 1, relu2 = 2, silu_gate = 3, gelu_gate = 4, relu_gate = 5 };
+
+inline bool is_gate(Epilogue e) { return e == Epilogue::silu_gate || e == Epilogue::gelu_gate || e == Epilogue::relu_gate; }
+inline Activation activation_of(Epilogue gate) {
+  return gate == Epilogue::silu_gate ? Activation::silu : (gate == Epilogue::gelu_gate ? Activation::gelu_tanh : Activation::relu);
+}
 
 // Pages of a layer's KV cache that are fetched from memory while a linear computes: the attention to come reads them.
 struct PagesAhead {
@@ -102,7 +111,10 @@ struct Kernels {
   void (*quantise)(const float* x, const ActivationFormat&, uint8_t* row, int begin, int end);
   void (*rms_norm)(const NormTask&, float* out);
   void (*add)(const float* x, float* out, int width);
-  void (*gate)(const float* gate, const float* up, float* out, int width, bool gelu);
+  void (*gate)(const float* gate, const float* up, float* out, int width, Activation activation);
+  void (*mix)(const float* x, float keep, const float* first, float again, float* out, int width);
+  // Whole vectors of sixteen: what follows the last value in a padded row is changed too.
+  void (*soft_cap)(float* x, int width, float cap);
   void (*rope)(const RopeTask&);
   // Attention of all queries of the task to one segment of their keys. Query (row, head of the group) is number
   // row * group + head: its partial and its values [padded_dim]. scratch: attention_scratch_floats floats.

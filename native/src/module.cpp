@@ -30,9 +30,18 @@ ActivationFormat format_for(const PackedLinear& w) {
 Epilogue epilogue_of(const std::string& name) {
   if (name == "store") return Epilogue::store;
   if (name == "add") return Epilogue::add;
+  if (name == "relu2") return Epilogue::relu2;
   if (name == "silu_gate") return Epilogue::silu_gate;
   if (name == "gelu_gate") return Epilogue::gelu_gate;
+  if (name == "relu_gate") return Epilogue::relu_gate;
   throw std::invalid_argument("epilogue " + name + " is not known");
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  throw std::invalid_argument("activation " + name + " is not known");
 }
 
 }  // namespace fallow

@@ -2,6 +2,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <stdexcept>
 
@@ -93,7 +94,7 @@ void Program::finish(int logits_buffer) {
             [&](const op::Embed& o) {
               use(buffer_kind, o.out);
               require(kind == 0, "embed: before the gather");
-              require(width(o.out) >= weights_.at(o.weights)->in_features, "embed: the buffer is too narrow");
+              require(o.column >= 0 && o.column + int64_t{weights_.at(o.weights)->in_features} <= width(o.out), "embed: the buffer is too narrow");
               widest = std::max(widest, width(o.out));
             },
             [&](const op::Norm& o) {
@@ -126,7 +127,7 @@ void Program::finish(int logits_buffer) {
               require(w.codes == Codes::bf16 || (f.group == w.group && f.pairs_kind == w.pairs_kind &&
                                                  f.asymmetric == (w.pairs_kind == Pairs::sums || w.pairs_kind == Pairs::both)),
                       "linear: activations are grouped otherwise than the weights");
-              const bool gated = o.epilogue == Epilogue::silu_gate || o.epilogue == Epilogue::gelu_gate;
+              const bool gated = is_gate(o.epilogue);
               require(!gated || w.out_features % (2 * lanes) == 0, "linear: gated weights need rows in multiples of 32");
               require(o.column >= 0 && o.column + (gated ? w.out_features / 2 : w.out_features) <= width(o.out),
                       "linear: the buffer is too narrow");
@@ -157,6 +158,14 @@ void Program::finish(int logits_buffer) {
             [&](const op::Gate& o) {
               for (const int b : {o.gate, o.up, o.out}) use(buffer_kind, b);
               require(width(o.gate) == width(o.up) && width(o.out) >= width(o.gate), "gate: buffers differ in width");
+            },
+            [&](const op::Mix& o) {
+              for (const int b : {o.x, o.first, o.out}) use(buffer_kind, b);
+              require(width(o.x) == width(o.first) && width(o.out) >= width(o.x), "mix: buffers differ in width");
+            },
+            [&](const op::SoftCap& o) {
+              use(buffer_kind, o.x);
+              require(o.cap > 0.f && std::isfinite(o.cap), "soft cap: the cap must be positive");
             },
             [&](const op::Gather& o) {
               require(width(o.out) >= width(o.x) && buffer_kind.at(o.x) == 0, "gather: from a buffer of all rows, into one as wide");
@@ -225,7 +234,10 @@ void Program::find_runs() {
   for (size_t i = 0; i < operations_.size(); ++i) {
     bool alone = false;
     std::visit(Overloaded{
-                   [&](const op::Embed& o) { writes(o.out); },
+                   [&](const op::Embed& o) {
+                     if (o.add) reads(o.out);
+                     writes(o.out);
+                   },
                    [&](const op::Norm& o) { reads(o.x), writes(o.out); },
                    [&](const op::NormQuantise& o) { reads(o.x); },
                    [&](const op::Quantise& o) { reads(o.x); },
@@ -238,6 +250,8 @@ void Program::find_runs() {
                    [&](const op::Attention& o) { leaves_run(o.out), alone = true; },
                    [&](const op::Add& o) { reads(o.x), reads(o.out); },
                    [&](const op::Gate& o) { reads(o.gate), reads(o.up), writes(o.out); },
+                   [&](const op::Mix& o) { reads(o.x), reads(o.first), writes(o.out); },
+                   [&](const op::SoftCap& o) { reads(o.x); },
                    [&](const op::Gather& o) { leaves_run(o.x), leaves_run(o.out), alone = true; },
                },
                operations_[i]);

@@ -21,9 +21,11 @@ namespace fallow {
 // kernels, weights and vectors are constants. Rows are all tokens of a step, or, from the
 // first gather on, its logit rows.
 namespace op {
-struct Embed {
+struct Embed {  // the rows of the step's tokens, times scale, stored at a column of out or added to what is there
   int weights, out;
   float scale;
+  int column;
+  bool add;
 };
 struct Norm {  // out = rms_norm(x) * weight
   int x, weight, out;
@@ -54,9 +56,17 @@ struct Attention {
 struct Add {
   int x, out;
 };
-struct Gate {
+struct Gate {  // out = activation(gate) * up
   int gate, up, out;
-  bool gelu;
+  Activation activation;
+};
+struct Mix {  // out = keep * x + again * first
+  int x, first, out;
+  float keep, again;
+};
+struct SoftCap {  // x = cap * tanh(x / cap)
+  int x;
+  float cap;
 };
 struct Gather {  // rows of logit_rows
   int x, out;
@@ -64,7 +74,7 @@ struct Gather {  // rows of logit_rows
 }  // namespace op
 
 using Operation = std::variant<op::Embed, op::Norm, op::NormQuantise, op::Quantise, op::Linear, op::Rope, op::Attention,
-                               op::Add, op::Gate, op::Gather>;
+                               op::Add, op::Gate, op::Mix, op::SoftCap, op::Gather>;
 
 struct Limits {
   int max_tokens, max_sequences, max_logit_rows, num_pages, max_positions;
@@ -164,6 +174,8 @@ class Program {
   void execute(const op::Attention&, int index, int thread, const Part&);
   void execute(const op::Add&, int index, int thread, const Part&);
   void execute(const op::Gate&, int index, int thread, const Part&);
+  void execute(const op::Mix&, int index, int thread, const Part&);
+  void execute(const op::SoftCap&, int index, int thread, const Part&);
   void execute(const op::Gather&, int index, int thread, const Part&);
 
   void attend(const op::Attention&, const AttentionItem&, ThreadScratch&);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ GEMMA_VISION: dict[str, Any] = {
         "sliding_window": 1024,
     },
     "vision_config": {"hidden_size": 1152},
+}
+
+
+# Our own architecture with everything that it may have.
+FALLOW: dict[str, Any] = LLAMA | {
+    "model_type": "fallow",
+    "hidden_act": "relu2",
+    "qk_norm": True,
+    "gated_mlp": False,
+    "value_embedding_layers": [3, 0],
+    "residual_mixes": True,
+    "logit_softcap": 15,
 }
 
 
@@ -93,6 +106,54 @@ def test_biases_and_norms_of_qwen() -> None:
     assert (qwen3.attention_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 128)
     biased = read(LLAMA | {"model_type": "qwen3"}, attention_bias=True)
     assert (biased.attention_bias, biased.attention_out_bias) == (True, True)
+
+
+def test_variants_of_our_own() -> None:
+    config = read(FALLOW)
+    assert (config.architecture, config.hidden_act, config.gated_mlp) == ("fallow", "relu2", False)
+    assert config.qk_norm
+    assert (config.value_embedding_layers, config.residual_mixes, config.logit_softcap) == ((3, 0), True, 15.0)
+    assert (config.head_dim, config.rope.theta, config.layer_windows) == (64, 100_000.0, (None,) * 4)
+    llama = read(LLAMA)
+    assert read(LLAMA, model_type="fallow") == replace(llama, architecture="fallow")
+    absent = {"value_embedding_layers": None, "residual_mixes": False, "logit_softcap": None, "qk_norm": False}
+    for name, expected in {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}.items():
+        changed = read(FALLOW | absent, hidden_act=name, gated_mlp=True)
+        assert changed == replace(llama, architecture="fallow", hidden_act=expected)
+        assert read(LLAMA, hidden_act=name).hidden_act == expected  # as transformers has it
+    # What another architecture's file says about variants is not what we mean by them.
+    assert read(FALLOW, model_type="llama", hidden_act="silu") == llama
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act in config.json is 'relu', but it must be relu2 where gated_mlp is false"),
+        ({"hidden_act": None}, "hidden_act in config.json is None, but it must be relu2"),
+        ({"gated_mlp": True}, "hidden_act in config.json is 'relu2', but it must be one of silu"),
+        ({"gated_mlp": 1}, "gated_mlp in config.json is 1, but it must be true or false"),
+        ({"qk_norm": "yes"}, "qk_norm .* true or false"),
+        ({"residual_mixes": []}, "residual_mixes .* true or false"),
+        ({"value_embedding_layers": [4]}, r"value_embedding_layers .* a list of distinct layers from 0 to 3"),
+        ({"value_embedding_layers": [-1]}, "value_embedding_layers"),
+        ({"value_embedding_layers": [1, 1]}, "value_embedding_layers"),
+        ({"value_embedding_layers": [True]}, "value_embedding_layers"),
+        ({"value_embedding_layers": [0.0]}, "value_embedding_layers"),
+        ({"value_embedding_layers": [[0]]}, "value_embedding_layers"),
+        ({"value_embedding_layers": 0}, "value_embedding_layers"),
+        ({"logit_softcap": 0}, "logit_softcap .* must be a number above 1e-06"),
+        ({"logit_softcap": -15.0}, "logit_softcap"),
+        ({"logit_softcap": float("inf")}, "logit_softcap"),
+        ({"logit_softcap": True}, "logit_softcap"),
+        ({"final_logit_softcapping": 30.0}, "a soft cap on logits"),
+        ({"attention_bias": True}, "biases of attention"),
+        ({"mlp_bias": True}, "biases of the feed-forward network"),
+        ({"sliding_window": 4096}, "a sliding window"),
+        ({"layer_types": ["full_attention"] * 4}, "layers of several types"),
+    ],
+)
+def test_variants_that_are_refused(changes: dict[str, Any], match: str) -> None:
+    refused(FALLOW, match, **changes)
 
 
 def test_gemma_3_with_vision() -> None:
@@ -188,7 +249,8 @@ def test_rope_that_makes_no_sense(given: Any, match: str) -> None:
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps in config.json is nan"),
         ({"rope_theta": 0.5}, "rope_theta"),
-        ({"hidden_act": "relu"}, "hidden_act in config.json is 'relu', but it must be one of silu"),
+        ({"hidden_act": "gelu"}, "hidden_act in config.json is 'gelu', but it must be one of silu"),
+        ({"hidden_act": "relu2"}, "hidden_act in config.json is 'relu2', but it must be one of silu"),
         ({"hidden_act": "x" * 10_000}, r"is 'xxx[x]{0,60}\.\.\., but"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings .* true or false"),
         ({"eos_token_id": 49152}, "eos_token_id"),

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import pytest
 from gguf_files import write_gguf
 
-from fallow.engine.rope import rope_table
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize
+from fallow.models.rope import rope_table
 from fallow.models.tensors import Checkpoint
 
 Floats = npt.NDArray[np.float64]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fallow import _native
-from fallow.engine.rope import rope_table
 from fallow.models.config import RopeConfig
+from fallow.models.rope import rope_table
 
 torch = pytest.importorskip("torch")
 ISAS = _native.available_isas()
@@ -94,11 +94,16 @@ def test_rms_norm_matches_pytorch(isa: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("gelu", [False, True])
-def test_gates_match_pytorch(isa: str, gelu: bool) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu"])
+def test_gates_match_pytorch(isa: str, activation: str) -> None:
     x = np.concatenate([np.linspace(-120, 120, 2001), [0.0, -0.0, 1e-30]]).astype(np.float32)[None, :]
     up = np.random.default_rng(0).standard_normal(x.shape, dtype=np.float32)
     t = torch.from_numpy(x).double()
-    expected = torch.nn.functional.gelu(t, approximate="tanh") if gelu else torch.nn.functional.silu(t)
-    result = _native.kernels.gate(isa, x, up, gelu=gelu)
+    functions = {
+        "silu": torch.nn.functional.silu,
+        "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh"),
+        "relu": torch.nn.functional.relu,
+    }
+    expected = functions[activation](t)
+    result = _native.kernels.gate(isa, x, up, activation=activation)
     np.testing.assert_allclose(result, (expected * torch.from_numpy(up).double()).numpy(), rtol=3e-6, atol=3e-6)

@@ -103,15 +103,45 @@ def test_a_row_does_not_depend_on_the_others(isa: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("epilogue", "gelu"), [("silu_gate", False), ("gelu_gate", True)])
-def test_gated_epilogue_equals_the_separate_operations(isa: str, epilogue: str, gelu: bool) -> None:
+@pytest.mark.parametrize(
+    ("epilogue", "activation"), [("silu_gate", "silu"), ("gelu_gate", "gelu_tanh"), ("relu_gate", "relu")]
+)
+def test_gated_epilogue_equals_the_separate_operations(isa: str, epilogue: str, activation: str) -> None:
     rng = np.random.default_rng(11)
     gate, up = (random_source(rng, "Q8_0", 64, 256) for _ in range(2))
     x = rng.standard_normal((9, 256), dtype=np.float32)
     empty = np.zeros((9, 64), np.float32)
     fused = _native.kernels.linear(isa, [gate, up], x, interleave=True, epilogue=epilogue, initial=empty)
     parts = [_native.kernels.linear(isa, [source], x, initial=empty) for source in (gate, up)]
-    assert np.array_equal(fused, _native.kernels.gate(isa, *parts, gelu=gelu))
+    assert np.array_equal(fused, _native.kernels.gate(isa, *parts, activation=activation))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "BF16"])
+def test_relu2_epilogue_squares_what_is_positive(isa: str, kind: str) -> None:
+    rng = np.random.default_rng(13)
+    for rows, columns, outputs in SHAPES:
+        source = random_source(rng, kind, outputs, columns)
+        x = rng.standard_normal((rows, columns), dtype=np.float32)
+        initial = rng.standard_normal((rows, outputs), dtype=np.float32)  # what is there does not matter
+        squared = _native.kernels.linear(isa, [source], x, epilogue="relu2", initial=initial)
+        stored = _native.kernels.linear(isa, [source], x, initial=initial)
+        np.testing.assert_allclose(squared, np.maximum(stored.astype(np.float64), 0.0) ** 2, rtol=1e-7)
+        assert (squared == 0).any() or outputs < 4
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("epilogue", ["relu2", "relu_gate"])
+def test_relu_epilogues_match_float64(isa: str, epilogue: str) -> None:
+    rng = np.random.default_rng(17)
+    for rows, columns, outputs in [(1, 64, 16), (4, 96, 48), (9, 255, 32), (13, 33, 80)]:
+        sources = [random_source(rng, "BF16", outputs, columns) for _ in range(1 if epilogue == "relu2" else 2)]
+        x = (rng.integers(-64, 65, (rows, columns)) / 16).astype(np.float32)  # exact in bfloat16
+        first, *rest = (x.astype(np.float64) @ reference_weights(source).T for source in sources)
+        expected = np.maximum(first, 0.0) * (rest[0] if rest else np.maximum(first, 0.0))
+        initial = np.zeros((rows, outputs), np.float32)
+        result = _native.kernels.linear(isa, sources, x, interleave=bool(rest), epilogue=epilogue, initial=initial)
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("isa", ISAS)

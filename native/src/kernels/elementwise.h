@@ -1,6 +1,6 @@
 // Functions of single values, sixteen at a time.
 #pragma once
-#include "../packed.h"
+#include "../kernels.h"
 
 namespace fallow::kernels {
 
@@ -38,6 +38,24 @@ inline typename S::F gelu_tanh(typename S::F x) {
   return times_sigmoid<S>(x, S::mul(S::fma(cubic, S::set1(0.044715f), x), S::set1(1.5957691216f)));
 }
 
+// NaN stays NaN: of two values that do not compare, max is the second.
+template <class S>
+inline typename S::F relu(typename S::F x) {
+  return S::max(S::zero(), x);
+}
+
+template <class S>
+inline typename S::F relu2(typename S::F x) {
+  const auto positive = relu<S>(x);
+  return S::mul(positive, positive);
+}
+
+template <class S>
+FALLOW_INLINE typename S::F activate(typename S::F x, Activation activation) {
+  if (activation == Activation::silu) return silu<S>(x);
+  return activation == Activation::gelu_tanh ? gelu_tanh<S>(x) : relu<S>(x);
+}
+
 template <class S>
 void add(const float* x, float* out, int width) {
   int i = 0;
@@ -46,7 +64,7 @@ void add(const float* x, float* out, int width) {
 }
 
 template <class S>
-void gate(const float* g, const float* up, float* out, int width, bool gelu) {
+void gate(const float* g, const float* up, float* out, int width, Activation activation) {
   for (int i = 0; i < width; i += lanes) {
     float tail_gate[lanes] = {};
     float tail_up[lanes] = {};
@@ -58,13 +76,32 @@ void gate(const float* g, const float* up, float* out, int width, bool gelu) {
       }
     }
     const auto x = S::load(whole ? g + i : tail_gate);
-    const auto y = S::mul(gelu ? gelu_tanh<S>(x) : silu<S>(x), S::load(whole ? up + i : tail_up));
+    const auto y = S::mul(activate<S>(x, activation), S::load(whole ? up + i : tail_up));
     if (whole) {
       S::store(out + i, y);
     } else {
       S::store(tail_gate, y);
       for (int j = 0; j < width - i; ++j) out[i + j] = tail_gate[j];
     }
+  }
+}
+
+// out = keep * x + again * first
+template <class S>
+void mix(const float* x, float keep, const float* first, float again, float* out, int width) {
+  int i = 0;
+  for (; i + lanes <= width; i += lanes) {
+    S::store(out + i, S::fma(S::set1(keep), S::load(x + i), S::mul(S::set1(again), S::load(first + i))));
+  }
+  for (; i < width; ++i) out[i] = keep * x[i] + again * first[i];
+}
+
+// x = cap * tanh(x / cap) = 2 cap * sigmoid(2 x / cap) - cap
+template <class S>
+void soft_cap(float* x, int width, float cap) {
+  for (int i = 0; i < width; i += lanes) {
+    const auto doubled = times_sigmoid<S>(S::set1(2.f * cap), S::mul(S::load(x + i), S::set1(2.f / cap)));
+    S::store(x + i, S::sub(doubled, S::set1(cap)));
   }
 }
 

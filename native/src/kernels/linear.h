@@ -211,15 +211,22 @@ FALLOW_INLINE void finish_tile(const LinearTask& task, int row, int tile, typena
       for (int m = 0; m < MR; ++m) acc[m][n] = S::add(acc[m][n], b);
     }
   }
-  if (task.epilogue == Epilogue::silu_gate || task.epilogue == Epilogue::gelu_gate) {
+  if (is_gate(task.epilogue)) {
     if constexpr (NR == 2) {
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
-        const F gate = task.epilogue == Epilogue::silu_gate ? silu<S>(acc[m][0]) : gelu_tanh<S>(acc[m][0]);
+        const F gate = activate<S>(acc[m][0], activation_of(task.epilogue));
         S::store(task.out + (row + m) * task.out_stride + tile / 2 * lanes, S::mul(gate, acc[m][1]));
       }
     }
     return;
+  }
+  if (task.epilogue == Epilogue::relu2) {
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 2
+      for (int n = 0; n < NR; ++n) acc[m][n] = relu2<S>(acc[m][n]);
+    }
   }
 #pragma GCC unroll 2
   for (int n = 0; n < NR; ++n) {

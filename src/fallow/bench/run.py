@@ -24,12 +24,12 @@ from fallow.bench.replay import Endpoint
 from fallow.bench.result import OURS, BenchResult, Run, Skipped
 from fallow.bench.servers import trace_runs
 from fallow.bench.trace import TraceOptions
-from fallow.engine.rope import longest_context
 from fallow.errors import FallowError
 from fallow.evaluate.perplexity import DEFAULT_WINDOW
 from fallow.meter.cost import DEFAULT_PRICE_SOURCE, DEFAULT_USD_PER_HOUR, usd_per_million_tokens
 from fallow.meter.energy import EnergyMeter
 from fallow.models.checkpoint import open_checkpoint
+from fallow.models.rope import longest_context
 from fallow.models.store import resolve
 from fallow.models.tokenizer import load_tokenizer
 from fallow.terminal import Progress

@@ -24,10 +24,10 @@ def evaluate(
     """Perplexity of MODEL on TEXT."""
     content = read_text(text)
 
-    from fallow.engine.rope import longest_context
     from fallow.engine.runner import ModelRunner
     from fallow.evaluate.perplexity import perplexity
     from fallow.models.checkpoint import open_checkpoint
+    from fallow.models.rope import longest_context
     from fallow.models.tokenizer import load_tokenizer
 
     path = fetch(model)

@@ -28,7 +28,6 @@ from fallow.engine.outputs import (
     TokenLogprob,
 )
 from fallow.engine.pages import PageManager
-from fallow.engine.rope import longest_context
 from fallow.engine.sampling import SamplingParams
 from fallow.engine.scheduler import Scheduler
 from fallow.engine.sequence import Request
@@ -37,6 +36,7 @@ from fallow.engine.speculate import DRAFT_ROWS
 from fallow.errors import FallowError, RequestError
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.config import ModelConfig
+from fallow.models.rope import longest_context
 from fallow.models.store import resolve
 from fallow.models.tokenizer import Tokenizer, load_tokenizer
 from fallow.plan import SparsityPlan

@@ -14,11 +14,14 @@ import numpy as np
 
 from fallow import _native
 from fallow.arrays import Bytes
-from fallow.engine.rope import rope_table
 from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize
 from fallow.models.quantize import quantize_q4_1, quantize_q8_0
+from fallow.models.rope import rope_table
 from fallow.models.tensors import Checkpoint, RawTensor, TensorType
+
+_GATES = {"silu": "silu_gate", "gelu_tanh": "gelu_gate", "relu": "relu_gate"}
+"""Activations of a gate, and the epilogues of a linear that apply them."""
 
 
 @dataclass
@@ -44,7 +47,7 @@ class ProgramBuilder:
     def weights(
         self, names: list[str], *, interleave: bool = False, asymmetric: bool = False, vocabulary: bool = False
     ) -> int:
-        """Packs the tensors one below the other. ``vocabulary``: the embeddings or the head."""
+        """Packs the tensors one below the other. ``vocabulary``: embeddings or the head."""
         tensors = [self.checkpoint.tensors[name] for name in names]
         (precision,) = {self._kind(t, vocabulary)[1] for t in tensors}
         weights = self.program.weights(
@@ -82,7 +85,8 @@ class ProgramBuilder:
 
 
 class DecoderProgram:
-    """The Llama, Mistral, Qwen2, Qwen3 and Gemma 3 decoders, which differ in a few optional operations only."""
+    """The Llama, Mistral, Qwen2, Qwen3 and Gemma 3 decoders and our own, which differ in a few optional operations
+    only."""
 
     def __init__(self, builder: ProgramBuilder, positions: int) -> None:
         self._builder = builder
@@ -113,8 +117,13 @@ class DecoderProgram:
         config, program, builder = self._config, self._program, self._builder
         # The head's inputs have one-sided outliers: a midpoint a group costs little there and spares most of the error.
         table = builder.weights(["embed_tokens"], asymmetric=config.tie_word_embeddings, vocabulary=True)
-        program.embed(table, self._x, config.embedding_scale)
+        mixes = dequantize(builder.checkpoint.tensors["residual_mixes"]).tolist() if config.residual_mixes else []
+        first = program.buffer(config.hidden_size) if mixes else self._x
+        program.embed(table, first, config.embedding_scale)
         for layer in range(config.num_hidden_layers):
+            if mixes:
+                keep, again = mixes[layer]
+                program.mix(self._x if layer else first, first, self._x, keep=keep, again=again)
             self._attention(layer)
             self._feed_forward(layer)
         head = table if config.tie_word_embeddings else builder.weights(["lm_head"], asymmetric=True, vocabulary=True)
@@ -123,6 +132,8 @@ class DecoderProgram:
         activations = program.activations_for(head)
         program.norm_quantise(self._x, norm, [activations], config.rms_norm_eps)
         program.linear(activations, head, logits)
+        if config.logit_softcap is not None:
+            program.soft_cap(logits, config.logit_softcap)
         program.finish(logits)
 
     def _attention(self, layer: int) -> None:
@@ -139,6 +150,9 @@ class DecoderProgram:
         for group, weights, activations, bias in zip(groups, matrices, inputs, biases, strict=True):
             program.linear(activations, weights, self._qkv, bias=bias, column=column)
             column += sum(rows[part.removeprefix(name)] for part in group)
+        if layer in config.value_embedding_layers:
+            table = builder.weights([name + "value_embeddings"], vocabulary=True)
+            program.embed(table, self._qkv, column=column - width, add=True)  # values are the last columns
         window = config.layer_windows[layer]
         local = window is not None and config.rope_local is not None
         rope = config.rope_local if local and config.rope_local is not None else config.rope
@@ -164,14 +178,23 @@ class DecoderProgram:
         self._program.gather(attended, self._attended)
 
     def _feed_forward(self, layer: int) -> None:
-        config, program, builder = self._config, self._program, self._builder
         name = f"layers.{layer}."
+        if self._config.gated_mlp:
+            self._gated(name)
+        else:
+            weights = self._builder.weights([name + "up_proj"])
+            (activations,) = self._normed(self._x, name + "ffn_norm", [weights])
+            bias = self._bias([name + "up_proj"])
+            self._program.linear(activations, weights, self._inner, bias=bias, epilogue=self._config.hidden_act)
+        self._project(self._inner, name + "down_proj", name + "ffn_post_norm")
+
+    def _gated(self, name: str) -> None:
+        config, program, builder = self._config, self._program, self._builder
         parts = [name + "gate_proj", name + "up_proj"]
-        gelu = config.hidden_act == "gelu_tanh"
         if builder.packs_together(parts) and not config.mlp_bias and config.intermediate_size % 16 == 0:
             weights = builder.weights(parts, interleave=True)
             (activations,) = self._normed(self._x, name + "ffn_norm", [weights])
-            program.linear(activations, weights, self._inner, epilogue="gelu_gate" if gelu else "silu_gate")
+            program.linear(activations, weights, self._inner, epilogue=_GATES[config.hidden_act])
         else:
             if self._gate_up is None:
                 self._gate_up = (program.buffer(config.intermediate_size), program.buffer(config.intermediate_size))
@@ -179,8 +202,7 @@ class DecoderProgram:
             inputs = self._normed(self._x, name + "ffn_norm", matrices)
             for part, weights, activations, out in zip(parts, matrices, inputs, self._gate_up, strict=True):
                 program.linear(activations, weights, out, bias=self._bias([part]))
-            program.gate(*self._gate_up, self._inner, gelu=gelu)
-        self._project(self._inner, name + "down_proj", name + "ffn_post_norm")
+            program.gate(*self._gate_up, self._inner, activation=config.hidden_act)
 
     def _project(self, x: int, name: str, post_norm: str) -> None:
         """Back to the residual stream, through a norm where the family has one after the block."""
@@ -223,7 +245,7 @@ class DecoderProgram:
 
 
 Layout = Callable[[ProgramBuilder, int], object]
-LAYOUTS: dict[str, Layout] = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma3"), DecoderProgram)
+LAYOUTS: dict[str, Layout] = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma3", "fallow"), DecoderProgram)
 
 
 def layout_of(config: ModelConfig) -> Layout:

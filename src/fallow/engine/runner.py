@@ -12,8 +12,8 @@ from fallow import _native
 from fallow.arrays import Float32, Int32
 from fallow.engine.batch import SAMPLING_DTYPE, StepBatch, StepResult
 from fallow.engine.program import ProgramBuilder, layout_of
-from fallow.engine.rope import longest_context
 from fallow.errors import FallowError, ModelFileError
+from fallow.models.rope import longest_context
 from fallow.models.tensors import Checkpoint
 from fallow.plan import SparsityPlan
 

@@ -41,6 +41,7 @@ _HF_LAYER = {
     "q_proj": "self_attn.q_proj",
     "k_proj": "self_attn.k_proj",
     "v_proj": "self_attn.v_proj",
+    "value_embeddings": "self_attn.value_embeddings",
     "o_proj": "self_attn.o_proj",
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
@@ -94,6 +95,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
+    gate = {"gate_proj": (inner, hidden)} if config.gated_mlp else {}
     layer: dict[str, tuple[int, ...]] = {
         "attention_norm": (hidden,),
         "q_proj": (queries, hidden),
@@ -101,7 +103,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "v_proj": (keys, hidden),
         "o_proj": (hidden, queries),
         "ffn_norm": (hidden,),
-        "gate_proj": (inner, hidden),
+        **gate,
         "up_proj": (inner, hidden),
         "down_proj": (hidden, inner),
     }
@@ -110,15 +112,26 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.post_norms:
         layer |= {"attention_post_norm": (hidden,), "ffn_post_norm": (hidden,)}
     with_bias = ["q_proj", "k_proj", "v_proj"] * config.attention_bias + ["o_proj"] * config.attention_out_bias
-    with_bias += ["gate_proj", "up_proj", "down_proj"] * config.mlp_bias
+    with_bias += [*gate, "up_proj", "down_proj"] * config.mlp_bias
     layer |= {f"{name}.bias": layer[name][:1] for name in with_bias}
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (config.vocab_size, hidden)}
     for i in range(config.num_hidden_layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    shapes |= {f"layers.{i}.value_embeddings": (config.vocab_size, keys) for i in config.value_embedding_layers}
+    if config.residual_mixes:
+        shapes["residual_mixes"] = (config.num_hidden_layers, 2)
     shapes["norm"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head"] = (config.vocab_size, hidden)
     return shapes
+
+
+def hf_tensor_names(config: ModelConfig, prefix: str = "model.") -> dict[str, str]:
+    """Canonical names of all tensors that a model of this configuration has → those of a Hugging Face folder."""
+    head = "language_model.lm_head" if prefix == "language_model.model." else "lm_head"
+    model = {name: f"{prefix}{name}" for name in ("embed_tokens", "residual_mixes", "norm")} | {"lm_head": head}
+    layer = _HF_GEMMA_LAYER if config.post_norms else _HF_LAYER
+    return {name: _file_name(name, f"{prefix}layers", model, layer) for name in expected_shapes(config)}
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -153,13 +166,11 @@ def _open_folder(path: Path) -> Checkpoint:
     stored = open_safetensors(path)
     shapes = expected_shapes(config)
     prefix = next((p for p in _HF_PREFIXES if f"{p}embed_tokens.weight" in stored), "model.")
-    head = "language_model.lm_head" if prefix == "language_model.model." else "lm_head"
-    model = {"embed_tokens": f"{prefix}embed_tokens", "norm": f"{prefix}norm", "lm_head": head}
-    layer = _HF_GEMMA_LAYER if config.post_norms else _HF_LAYER
-    names = {name: _file_name(name, f"{prefix}layers", model, layer) for name in shapes}
+    names = hf_tensor_names(config, prefix)
     known = set(names.values())
     # Older files carry the frequencies of RoPE, which are computed.
-    others = (n for n in stored if n not in known and n.startswith(prefix + "layers.") and "rotary_emb." not in n)
+    parts = (f"{prefix}layers.", f"{prefix}residual_mixes")
+    others = (n for n in stored if n not in known and n.startswith(parts) and "rotary_emb." not in n)
     _check_names(names, stored, others, path)
     tensors = {}
     for name, shape in shapes.items():
@@ -179,6 +190,8 @@ def _plus_one(tensor: SafetensorsTensor) -> Read:
 
 def _file_name(name: str, layers: str, model: Mapping[str, str], layer: Mapping[str, str]) -> str:
     """What a format calls the tensor with a canonical name."""
+    if name == "residual_mixes":
+        return model[name]  # a parameter of the model itself, not the weight of a part
     stem, kind = (name.removesuffix(".bias"), "bias") if name.endswith(".bias") else (name, "weight")
     if not stem.startswith("layers."):
         return f"{model[stem]}.{kind}"

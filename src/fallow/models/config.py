@@ -24,7 +24,8 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and choices of a decoder of the Llama, Mistral, Qwen2, Qwen3 or Gemma 3 family.
+    """Sizes and choices of a decoder of the Llama, Mistral, Qwen2, Qwen3 or Gemma 3 family, or of our own (``fallow``),
+    whose variants are the fields at the end.
 
     ``layer_windows[i]`` is the sliding window of layer ``i`` in tokens (a token sees itself and
     the ``window - 1`` before it), or ``None`` where the layer sees everything. Layers with a window
@@ -47,7 +48,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     layer_windows: tuple[int | None, ...]
     rope_local: RopeConfig | None = None
-    hidden_act: str = "silu"  # or "gelu_tanh"
+    hidden_act: str = "silu"  # or "gelu_tanh", "relu", "relu2" (the square of relu)
     attention_bias: bool = False  # q, k, v
     attention_out_bias: bool = False  # o
     mlp_bias: bool = False
@@ -56,3 +57,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    gated_mlp: bool = True  # down(act(gate(x)) * up(x)); without a gate down(act(up(x)))
+    value_embedding_layers: tuple[int, ...] = ()  # layers whose values gain an embedding of their token
+    residual_mixes: bool = False  # each layer begins with a mix of its input and of the model's embeddings
+    logit_softcap: float | None = None  # logits become cap * tanh(logits / cap) (arXiv 2408.00118)

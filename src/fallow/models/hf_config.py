@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fallow.errors import ModelFileError
@@ -18,6 +19,7 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
+    "fallow": "fallow",
 }
 
 # Files written by transformers 4 leave out what is the default of their class: Gemma 3's published ones lack these.
@@ -41,7 +43,8 @@ _GEMMA3_DEFAULTS: dict[str, Any] = {
 }
 _QWEN3_DEFAULTS: dict[str, Any] = {"head_dim": 128}
 
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+_UNGATED_ACTIVATIONS = {"relu2": "relu2"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -63,7 +66,8 @@ def config_from_hf(document: Mapping[str, Any], where: str) -> ModelConfig:
     bias = kind == "qwen2" or (kind != "mistral" and fields.flag("attention_bias", False))
     rope, rope_local = _ropes(fields, head_dim, context, gemma)
     scalar = fields.factor("query_pre_attn_scalar") if gemma else head_dim
-    return ModelConfig(
+    gated = kind != "fallow" or fields.flag("gated_mlp", True)
+    config = ModelConfig(
         architecture=ARCHITECTURES[kind],
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -79,7 +83,7 @@ def config_from_hf(document: Mapping[str, Any], where: str) -> ModelConfig:
         attention_scale=1.0 / math.sqrt(scalar),
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         layer_windows=_windows(fields, kind, layers),
-        hidden_act=_activation(fields, "hidden_activation" if gemma else "hidden_act"),
+        hidden_act=_activation(fields, "hidden_activation" if gemma else "hidden_act", gated),
         attention_bias=bias,
         attention_out_bias=bias and kind != "qwen2",
         mlp_bias=kind == "llama" and fields.flag("mlp_bias", False),
@@ -88,6 +92,23 @@ def config_from_hf(document: Mapping[str, Any], where: str) -> ModelConfig:
         embedding_scale=math.sqrt(hidden_size) if gemma else 1.0,
         bos_token_id=fields.integer("bos_token_id", None, low=0, high=vocab_size - 1),
         eos_token_ids=_ends(fields, vocab_size),
+        gated_mlp=gated,
+    )
+    return _with_variants(config, fields) if kind == "fallow" else config
+
+
+def _with_variants(config: ModelConfig, fields: Fields) -> ModelConfig:
+    """What our own architecture may have that Llama's has not."""
+    fields.refuse("attention_bias", "biases of attention")
+    fields.refuse("mlp_bias", "biases of the feed-forward network")
+    fields.refuse("sliding_window", "a sliding window")
+    fields.refuse("layer_types", "layers of several types")
+    return replace(
+        config,
+        qk_norm=fields.flag("qk_norm", False),
+        value_embedding_layers=_layers(fields, "value_embedding_layers", config.num_hidden_layers),
+        residual_mixes=fields.flag("residual_mixes", False),
+        logit_softcap=fields.factor("logit_softcap", None),
     )
 
 
@@ -135,19 +156,30 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise fields.wrong("partial_rotary_factor", "1")
 
 
-def _activation(fields: Fields, name: str) -> str:
+def _activation(fields: Fields, name: str, gated: bool) -> str:
+    known = _ACTIVATIONS if gated else _UNGATED_ACTIVATIONS
     value = fields.text(name, "silu")
-    if value not in _ACTIVATIONS:
-        raise fields.wrong(name, f"one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[value]
+    if value not in known:
+        needed = ", ".join(known)
+        raise fields.wrong(name, f"one of {needed}" if gated else f"{needed} where gated_mlp is false")
+    return known[value]
+
+
+def _layers(fields: Fields, name: str, layers: int) -> tuple[int, ...]:
+    """Distinct layers; none where the field is missing."""
+    value = fields.values.get(name, [])
+    known = isinstance(value, list) and all(type(i) is int and 0 <= i < layers for i in value)
+    if not known or len(set(value)) < len(value):
+        raise fields.wrong(name, f"a list of distinct layers from 0 to {layers - 1}")
+    return tuple(value)
 
 
 def _windows(fields: Fields, kind: str, layers: int) -> tuple[int | None, ...]:
     window = fields.integer("sliding_window", None, high=limits.MAX_CONTEXT)
-    if kind == "llama" or (kind in ("qwen2", "qwen3") and not fields.flag("use_sliding_window", False)):
+    if kind in ("llama", "fallow") or (kind in ("qwen2", "qwen3") and not fields.flag("use_sliding_window", False)):
         window = None
     types = fields.values.get("layer_types")
-    if types is not None and kind != "llama":
+    if types is not None and kind not in ("llama", "fallow"):
         if not isinstance(types, list) or len(types) != layers or not all(t in (_FULL, _SLIDING) for t in types):
             raise fields.wrong("layer_types", f"{_FULL} or {_SLIDING} for each of {layers} layers")
         if window is None and _SLIDING in types:

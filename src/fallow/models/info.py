@@ -11,7 +11,8 @@ from fallow.errors import FallowError
 from fallow.models.tensors import Checkpoint, RawTensor, TensorType
 
 PRECISIONS = ("auto", "bf16", "q8", "q4")
-VOCABULARY = ("embed_tokens", "lm_head")
+TABLES = ("embed_tokens", "value_embeddings")  # last parts of the names of what a token reads one row of
+VOCABULARY = (*TABLES, "lm_head")
 KV_BYTES = 2  # keys and values are bfloat16
 
 
@@ -48,7 +49,7 @@ OWN_FORMS: Mapping[TensorType, EngineForm] = {
 
 
 def engine_form(type: TensorType, precision: str, *, vocabulary: bool = False) -> EngineForm:
-    """What the engine holds a matrix of this storage type as; ``vocabulary``: the embeddings or the head.
+    """What the engine holds a matrix of this storage type as; ``vocabulary``: embeddings or the head.
 
     Raises ``FallowError`` for an unknown precision.
     """
@@ -122,12 +123,13 @@ def describe(checkpoint: Checkpoint, *, precision: str = "auto") -> ModelInfo:
     """
     config, tensors = checkpoint.config, checkpoint.tensors
     head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
-    matrices = [t for t in tensors.values() if len(t.shape) == 2 and (t.name != "embed_tokens" or t.name == head)]
-    vectors = [t for t in tensors.values() if len(t.shape) == 1]
+    tables = [t for t in tensors.values() if _part(t.name) in TABLES]
+    matrices = [t for t in tensors.values() if _is_matrix(t) and (t.name == head or t not in tables)]
+    numbers = [t for t in tensors.values() if not _is_matrix(t)]
     read = sum(_held_bytes(t, precision, is_head=t.name == head) for t in matrices)
-    read += sum(4 * t.elements for t in vectors)
-    # The row of the token itself.
-    read += _held_bytes(tensors["embed_tokens"], precision, is_head=False) // config.vocab_size
+    read += sum(4 * t.elements for t in numbers)
+    # Of each table the row of the token itself.
+    read += sum(_held_bytes(t, precision, is_head=False) // config.vocab_size for t in tables)
     windows = [window for window in config.layer_windows if window is not None]
     path = checkpoint.path
     return ModelInfo(
@@ -156,8 +158,18 @@ def describe(checkpoint: Checkpoint, *, precision: str = "auto") -> ModelInfo:
     )
 
 
+def _part(name: str) -> str:
+    """A tensor's name without its layer."""
+    return name.rpartition(".")[2]
+
+
+def _is_matrix(tensor: RawTensor) -> bool:
+    """Whether the engine packs it; the rest are numbers of single operations, held as float32."""
+    return len(tensor.shape) == 2 and tensor.name != "residual_mixes"
+
+
 def _held_bytes(tensor: RawTensor, precision: str, *, is_head: bool) -> int:
-    form = engine_form(tensor.type, precision, vocabulary=tensor.name in VOCABULARY)
+    form = engine_form(tensor.type, precision, vocabulary=_part(tensor.name) in VOCABULARY)
     extra = form.head_bits if is_head else 0.0
     return int(tensor.elements * (form.bits + extra) / 8)
 
@@ -170,9 +182,9 @@ def _classes(tensors: Mapping[str, RawTensor], precision: str) -> tuple[TensorCl
         groups[name, tensor.shape, tensor.type].append(tensor)
     classes = []
     for (name, shape, type), members in groups.items():
-        # Vectors become float32, which holds what any float type holds.
-        form = engine_form(type, precision, vocabulary=name in VOCABULARY)
-        engine = form.name if len(shape) == 2 else "F32"
+        # What is not packed becomes float32, which holds what any float type holds.
+        form = engine_form(type, precision, vocabulary=_part(name) in VOCABULARY)
+        engine = form.name if _is_matrix(members[0]) else "F32"
         classes.append(
             TensorClass(
                 name=name,

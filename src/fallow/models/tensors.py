@@ -68,10 +68,13 @@ class RawTensor:
 class Checkpoint:
     """A model on disk, whatever its format, under one set of tensor names.
 
-    Names: ``embed_tokens``, ``norm``, ``lm_head`` (absent where the embeddings are tied), and for
-    each layer ``layers.{i}.``: ``attention_norm``, ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``,
-    ``q_norm``, ``k_norm``, ``attention_post_norm``, ``ffn_norm``, ``gate_proj``, ``up_proj``,
-    ``down_proj``, ``ffn_post_norm``; biases end in ``.bias`` (``layers.0.q_proj.bias``).
+    Names: ``embed_tokens``, ``residual_mixes``, ``norm``, ``lm_head`` (absent where the embeddings are
+    tied), and for each layer ``layers.{i}.``: ``attention_norm``, ``q_proj``, ``k_proj``, ``v_proj``,
+    ``value_embeddings``, ``o_proj``, ``q_norm``, ``k_norm``, ``attention_post_norm``, ``ffn_norm``,
+    ``gate_proj``, ``up_proj``, ``down_proj``, ``ffn_post_norm``; biases end in ``.bias``
+    (``layers.0.q_proj.bias``). ``value_embeddings`` has a row ``[kv_heads * head_dim]`` for each token;
+    row ``i`` of ``residual_mixes`` is how much of its input layer ``i`` keeps, and how much of the
+    embeddings it sees again.
     Rows of ``q_proj`` and ``k_proj`` are in Hugging Face order (RoPE rotates halves), and norm weights
     multiply as they are (Gemma's ``1 + w`` is already applied), whatever the file does.
     """

@@ -1,0 +1,205 @@
+"""The decoder in PyTorch: what is trained, and the reference that the native engine is held against.
+
+One module for the families of the engine and for our own variants; a ``ModelConfig`` says which. Parameters have the
+names of ``Checkpoint`` (``layers.0.q_proj.weight``), and norm weights multiply as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name that everybody knows
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fallow.models.config import ModelConfig
+from fallow.models.rope import rope_table
+
+_INITIAL_STD = 0.02
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines, float32 ``[tokens, 1, head_dim / 2]`` each."""
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the type of its input, whatever type its weights are kept in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.type_as(x), None if self.bias is None else self.bias.type_as(x))
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (arXiv 1910.07467) in float32; the result has the type of the input."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).type_as(x)
+
+
+class Layer(nn.Module):
+    """Attention with shared key-value heads (arXiv 2305.13245) and rotary positions (arXiv 2104.09864), then a
+    feed-forward network: with a gate SwiGLU, GeGLU or ReGLU (arXiv 2002.05202), without one ReLU² (arXiv 2109.08668).
+    """
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        hidden, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+        width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.attention_scale = config.attention_scale
+        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.attention_norm = RMSNorm(hidden, eps)
+        self.q_proj = Linear(hidden, width, bias=config.attention_bias)
+        self.k_proj = Linear(hidden, kv_width, bias=config.attention_bias)
+        self.v_proj = Linear(hidden, kv_width, bias=config.attention_bias)
+        self.o_proj = Linear(width, hidden, bias=config.attention_out_bias)
+        self.q_norm = RMSNorm(config.head_dim, eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, eps) if config.qk_norm else nn.Identity()
+        self.attention_post_norm = RMSNorm(hidden, eps) if config.post_norms else nn.Identity()
+        self.ffn_norm = RMSNorm(hidden, eps)
+        self.gate_proj = Linear(hidden, inner, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj = Linear(inner, hidden, bias=config.mlp_bias)
+        self.ffn_post_norm = RMSNorm(hidden, eps) if config.post_norms else nn.Identity()
+        has_values = index in config.value_embedding_layers
+        self.value_embeddings = nn.Embedding(config.vocab_size, kv_width) if has_values else None
+
+    def forward(self, x: Tensor, tokens: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+        """``x [batch, tokens, hidden]``; ``mask`` (True: may be seen) where plain causality is not all."""
+        x = x + self.attention_post_norm(self._attention(self.attention_norm(x), tokens, rope, mask))
+        out: Tensor = x + self.ffn_post_norm(self.down_proj(self.neurons(self.ffn_norm(x))))
+        return out
+
+    def neurons(self, x: Tensor) -> Tensor:
+        """The inner activations of the feed-forward network, ``[batch, tokens, intermediate]``."""
+        up: Tensor = self.up_proj(x)
+        return self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
+
+    def _attention(self, x: Tensor, tokens: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+        shape = (*x.shape[:2], -1, self.head_dim)  # [batch, tokens, heads, head_dim]
+        values = self.v_proj(x)
+        if self.value_embeddings is not None:
+            values = values + self.value_embeddings(tokens).type_as(values)
+        q = _rotated(self.q_norm(self.q_proj(x).view(shape)), rope)
+        k = _rotated(self.k_norm(self.k_proj(x).view(shape)), rope)
+        attended = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            values.view(shape).transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.attention_scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        out: Tensor = self.o_proj(attended.transpose(1, 2).reshape(*x.shape[:2], -1))
+        return out
+
+
+def _rotated(x: Tensor, rope: Rope) -> Tensor:
+    """Both halves of each head rotated, ``[batch, tokens, heads, head_dim]``."""
+    cosine, sine = rope
+    first, second = x.float().chunk(2, -1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1).type_as(x)
+
+
+class Decoder(nn.Module):
+    """Token ids → hidden states → logits. Activations are of type ``compute``; parameters stay what they are."""
+
+    def __init__(
+        self, config: ModelConfig, *, compute: torch.dtype = torch.float32, context: int | None = None
+    ) -> None:
+        """For sequences of up to ``context`` tokens; None: as many as the configuration allows."""
+        super().__init__()
+        self.config = config
+        self.compute = compute
+        self.checkpoint_layers = False  # compute each layer again in the backward pass: less memory, a third more work
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Of each layer: how much of the stream it keeps, and how much of the embeddings it sees again.
+        mixes = torch.tensor([[1.0, 0.0]]).repeat(config.num_hidden_layers, 1)
+        self.residual_mixes = nn.Parameter(mixes) if config.residual_mixes else None
+        context = context or config.max_position_embeddings
+        for name, rope in (("rope", config.rope), ("rope_local", config.rope_local)):
+            table = None if rope is None else torch.from_numpy(rope_table(rope, context))  # [context, rotary_dim]
+            self.register_buffer(name, table, persistent=False)
+
+    def initialise(self, generator: torch.Generator, *, zero_outputs: bool = False) -> None:
+        """Normal weights with a standard deviation of 0.02, outputs of blocks by 1 / sqrt(2 layers) of it (GPT-2), or
+        zero with ``zero_outputs`` (Zhang et al., arXiv 1901.09321); value embeddings zero."""
+        output_std = 0.0 if zero_outputs else _INITIAL_STD / math.sqrt(2 * len(self.layers))
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                part = name.removesuffix(".weight").rsplit(".", 1)[-1]
+                if part.endswith("norm") or part == "residual_mixes":
+                    continue
+                if part in ("bias", "value_embeddings"):
+                    parameter.zero_()
+                else:
+                    std = output_std if part in ("o_proj", "down_proj") else _INITIAL_STD
+                    parameter.normal_(0.0, std, generator=generator)
+
+    @property
+    def head(self) -> Tensor:
+        """The matrix of the logits, ``[vocab, hidden]``."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """``tokens`` int64 ``[batch, tokens]`` → normalised hidden states ``[batch, tokens, hidden]``.
+
+        ``documents`` numbers the documents of each sequence, ``[batch, tokens]``: attention stays within one.
+        """
+        config = self.config
+        x = first = self.embed_tokens(tokens).to(self.compute) * config.embedding_scale
+        masks: dict[int | None, Tensor | None] = {}
+        for index, layer in enumerate(self.layers):
+            window = config.layer_windows[index]
+            if window not in masks:
+                masks[window] = _mask(tokens, documents, window)
+            if self.residual_mixes is not None:
+                mix = self.residual_mixes[index].type_as(x)
+                x = mix[0] * x + mix[1] * first
+            arguments = (x, tokens, self._rope(window, tokens.shape[1]), masks[window])
+            again = self.checkpoint_layers and torch.is_grad_enabled()
+            x = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits ``[..., vocab]`` of hidden states, capped softly where the model is (arXiv 2408.00118)."""
+        logits = F.linear(hidden, self.head.type_as(hidden)).float()
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _rope(self, window: int | None, tokens: int) -> Rope:
+        local = window is not None and self.config.rope_local is not None
+        table = self.get_buffer("rope_local" if local else "rope")[:tokens, None, :]
+        cosine, sine = table.chunk(2, -1)
+        return cosine, sine
+
+
+def _mask(tokens: Tensor, documents: Tensor | None, window: int | None) -> Tensor | None:
+    """Who may see whom, bool ``[batch or 1, 1, tokens, tokens]``; None where causality is all."""
+    count = tokens.shape[1]
+    if documents is None and (window is None or window >= count):
+        return None
+    distance = torch.arange(count, device=tokens.device)
+    distance = distance[:, None] - distance[None, :]
+    seen = (distance >= 0) & (distance < (window or count))
+    if documents is None:
+        return seen[None, None]
+    return (seen & (documents[:, :, None] == documents[:, None, :]))[:, None]
