@@ -11,13 +11,13 @@ import pytest
 
 from fallow.cli import main
 
-COMMANDS = ["pull", "run", "serve", "eval", "bench", "info"]
+COMMANDS = ["pull", "run", "serve", "eval", "bench", "train", "info"]
 
 
 def test_help_lists_every_command(fallow):
     done = fallow("--help")
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.partition("Commands:\n")[2].splitlines()[:6]] == COMMANDS
+    assert [line.split()[0] for line in done.stdout.partition("Commands:\n")[2].splitlines()[: len(COMMANDS)]] == COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,6 +11,7 @@ from fallow.cli.options import example
 from fallow.cli.pull import pull
 from fallow.cli.run import run
 from fallow.cli.serve import serve
+from fallow.cli.train import train
 
 app = typer.Typer(
     help="Run and serve language models on a native engine, with the joules and the money on the table.",
@@ -25,4 +26,5 @@ app.command(epilog=example("fallow run", "fallow run 'What is a fallow field?'")
 app.command(epilog=example("fallow serve smollm2-135m --port 8000 --api-key SECRET"))(serve)
 app.command("eval", epilog=example("fallow eval smollm2-135m a.txt", "man sh | fallow eval smollm2-135m -"))(evaluate)
 app.command(epilog=example("fallow bench --quick", "fallow bench smollm2-135m --peer llama.cpp --peer openvino"))(bench)
+app.command(epilog=example("fallow train recipes/quick.toml", "fallow run runs/quick/model --raw"))(train)
 app.command(epilog=example("fallow info model.gguf --json"))(info)

@@ -1,0 +1,80 @@
+"""``fallow train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fallow.cli.options import Json
+from fallow.errors import FallowError
+from fallow.terminal import note, print_fields, print_json, progress
+
+if TYPE_CHECKING:
+    from fallow.train.loop import StepReport
+    from fallow.train.run import TrainResult
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/quick.toml.")],
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key of the recipe.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", show_default="runs/NAME", help="The folder of the run.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again, even where there is a checkpoint.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a model by RECIPE; a run that was stopped goes on where it was."""
+    try:
+        from fallow.train.recipe import load_recipe
+        from fallow.train.run import train as run
+    except ModuleNotFoundError as error:
+        raise FallowError(
+            f"Training needs {error.name}, which is not installed: pip install 'fallow[train]' (torch 2.13)."
+        ) from None
+
+    loaded = load_recipe(recipe, override or ())
+    with progress(unit="steps") as bar:
+
+        def show(report: StepReport) -> None:
+            if json:
+                print_json(report.to_json())
+                return
+            bar(_line(report), report.step, report.steps)
+            if report.validation is not None:
+                note(f"step {report.step}: validation {report.validation.bits_per_byte:.4f} bits per byte")
+            if report.sample is not None:
+                note(f"step {report.step}: {report.sample!r}")
+
+        result = run(loaded, out=out, fresh=fresh, on_step=show, on_note=note, progress=bar)
+    _conclude(result, json)
+
+
+def _line(report: StepReport) -> str:
+    return (
+        f"loss {report.loss:.3f} · {report.bits_per_byte:.3f} bits/byte · {report.tokens_per_s:,.0f} tokens/s · "
+        f"{report.mfu:.0%} MFU · {report.joules:.0f} J"
+    )
+
+
+def _conclude(result: TrainResult, json: bool) -> None:
+    fields = {
+        "step": result.step,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "joules": result.joules,
+        "energy_source": result.energy_source,
+        "loss": None if result.validation is None else result.validation.loss,
+        "bits_per_byte": None if result.validation is None else result.validation.bits_per_byte,
+        "model": None if result.model is None else str(result.model),
+    }
+    if json:
+        print_json({**fields, "final": True})
+    else:
+        print_fields(fields)
+    if result.stopped is not None:
+        note(f"Stopped at step {result.step} of {result.steps}: the same command goes on from there.")
+        raise typer.Exit(128 + result.stopped)

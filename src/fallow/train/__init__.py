@@ -1,0 +1,1 @@
+"""Training: one loop, its optimizers, schedules and checkpoints."""

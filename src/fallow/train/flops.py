@@ -1,0 +1,35 @@
+"""How much arithmetic a training step is, and how much of it this machine could do."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from fallow.models.config import ModelConfig
+from fallow.models.decoder import Decoder
+
+_SIZE = 1024
+_SECONDS = 0.3
+
+
+def flops_per_token(decoder: Decoder, context: int) -> int:
+    """Floating-point operations of a training step for each token: 6 for each weight of a product, and attention's
+    12 layers x width x context (PaLM, arXiv 2204.02311, appendix B), halved as half of it is masked. Embeddings
+    that are only looked up count nothing."""
+    config: ModelConfig = decoder.config
+    weights = sum(p.numel() for name, p in decoder.named_parameters() if p.ndim == 2 and "embed" not in name)
+    head = 0 if decoder.lm_head is not None else decoder.head.numel()
+    width = config.num_attention_heads * config.head_dim
+    return 6 * (weights + head) + 6 * config.num_hidden_layers * width * context
+
+
+def peak_flops(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product on this machine, measured now."""
+    a, b = torch.randn(2, _SIZE, _SIZE).to(dtype)
+    best, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < _SECONDS:
+        begin = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - begin)
+    return 2 * _SIZE**3 / best

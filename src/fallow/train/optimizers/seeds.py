@@ -1,0 +1,12 @@
+"""Random numbers that can be had again from two integers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def seeded(seed: int, draw: int, device: torch.device) -> torch.Generator:
+    """The generator of drawing number ``draw`` from ``seed``; neighbouring seeds and drawings are independent."""
+    word = np.random.SeedSequence((seed, draw)).generate_state(1)[0]  # 32 bits: all that PyTorch's CPU generator uses
+    return torch.Generator(device).manual_seed(int(word))

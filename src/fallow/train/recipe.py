@@ -1,0 +1,165 @@
+"""A recipe: everything that decides about a training run, as types. TOML in, one sentence for each mistake."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fallow.errors import FallowError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelRecipe(_Section):
+    """The decoder that is trained."""
+
+    hidden_size: int = Field(384, ge=16, multiple_of=16)
+    intermediate_size: int = Field(1024, ge=16, multiple_of=16)
+    layers: int = Field(8, ge=1, le=256)
+    heads: int = Field(6, ge=1)
+    key_value_heads: int | None = Field(None, ge=1)  # as many as heads
+    activation: Literal["swiglu", "geglu", "reglu", "relu2"] = "swiglu"
+    qk_norm: bool = False
+    value_embedding_layers: tuple[int, ...] = ()
+    residual_mixes: bool = False
+    zero_outputs: bool = False
+    logit_softcap: float | None = Field(None, gt=0)
+    tie_embeddings: bool = True
+    rope_theta: float = Field(10_000.0, gt=1)
+
+
+class DataRecipe(_Section):
+    """Texts, their tokenizer, and how they are cut."""
+
+    train: str = "python-stdlib"
+    valid: str | None = None  # a share of the training text where there is none
+    valid_share: float = Field(0.02, gt=0, lt=0.5)
+    tokenizer: str | None = None  # a model's; trained on the training text where there is none
+    vocab_size: int = Field(8192, ge=257)
+    context: int = Field(512, ge=8)
+    isolate_documents: bool = False
+
+
+class OptimizerRecipe(_Section):
+    """One optimizer and the parameters that it gets: ``parameters`` are patterns of names, the first rule that has one
+    which matches wins. Hyperparameters that an optimizer does not have are refused."""
+
+    kind: Literal["adamw", "muon", "scale", "apollo", "apollo-mini", "galore"]
+    parameters: tuple[str, ...]
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] | None = None
+    momentum: float | None = Field(None, ge=0, lt=1)
+    rank: int | None = Field(None, ge=1)
+    variance: float | None = Field(None, gt=0, lt=1)
+    cautious: bool | None = None
+
+
+class TrainRecipe(_Section):
+    """The loop. ``tokens`` are those of the whole run; shares are of its steps."""
+
+    tokens: int = Field(ge=1)
+    batch: int = Field(ge=1)  # sequences a step
+    micro_batch: int | None = Field(None, ge=1)  # sequences at once; the whole batch where it is left out
+    first_batch: int = Field(0, ge=0)  # sequences of the first step, rising to batch over ramp_share of the steps
+    ramp_share: float = Field(0.0, ge=0, le=1)
+    schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    warmup_share: float = Field(0.02, ge=0, le=1)
+    decay_share: float = Field(0.2, ge=0, le=1)
+    clip: float = Field(1.0, ge=0)  # the largest norm of the gradient; 0: whatever it is
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = True
+    checkpoint_activations: bool = False  # compute layers again in the backward pass instead of keeping them
+    ema: float | None = Field(None, gt=0, lt=1)  # of the weights that are evaluated and exported
+    on_bad_step: Literal["stop", "rollback"] = "stop"  # where the loss is not finite or leaps
+    seed: int = Field(0, ge=0)
+
+
+class ReportRecipe(_Section):
+    """What is looked at and kept while it runs; in steps, 0 for never."""
+
+    evaluate_every: int = Field(100, ge=0)
+    evaluate_tokens: int = Field(65_536, ge=1)
+    sample_every: int = Field(0, ge=0)
+    sample_prompt: str = ""
+    sample_tokens: int = Field(64, ge=1)
+    checkpoint_every: int = Field(200, ge=0)
+    keep_checkpoints: int = Field(2, ge=1)  # the last ones; the best is kept beside them
+    tensorboard: bool = True
+
+
+class Recipe(_Section):
+    """A whole recipe."""
+
+    name: str
+    model: ModelRecipe
+    data: DataRecipe
+    train: TrainRecipe
+    optimizer: tuple[OptimizerRecipe, ...] = Field(min_length=1)
+    report: ReportRecipe = ReportRecipe()
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in a TOML file, with ``overrides`` such as ``train.tokens=1000`` laid over it.
+
+    Raises ``FallowError`` with a sentence for each mistake.
+    """
+    try:
+        document: dict[str, Any] = tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise FallowError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FallowError(f"The recipe {path} is not TOML: {error}.") from error
+    for override in overrides:
+        _lay_over(document, override)
+    try:
+        return Recipe.model_validate(document, strict=False)
+    except ValidationError as error:
+        mistakes = " ".join(_sentence(mistake, document) for mistake in error.errors())
+        raise FallowError(f"The recipe {path} cannot be used: {mistakes}") from None
+
+
+def _lay_over(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise FallowError(f"{override} is not an override: write section.key=value.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a word without quotes
+    *sections, name = key.split(".")
+    table = document
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise FallowError(f"{override}: {section} is no section of the recipe.")
+    table[name] = value
+
+
+def _sentence(mistake: Mapping[str, Any], document: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in mistake["loc"])
+    match mistake["type"]:
+        case "missing":
+            return f"{where} is missing."
+        case "extra_forbidden":
+            return f"{where} is not known{_suggestion(mistake['loc'])}"
+        case _:
+            return f"{where} is {mistake['input']!r:.60}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}."
+
+
+def _suggestion(place: tuple[int | str, ...]) -> str:
+    """The known key that looks most like the one that is not."""
+    section: Any = Recipe
+    for part in place[:-1]:
+        if isinstance(part, str):
+            annotation = section.model_fields[part].annotation
+            section = getattr(annotation, "__args__", (annotation,))[0]
+    near = difflib.get_close_matches(str(place[-1]), section.model_fields, n=1)
+    return f": did you mean {near[0]}?" if near else f"; known keys are {', '.join(section.model_fields)}."

@@ -1,0 +1,21 @@
+"""A text from the model in training: the reference's own words, without the native engine."""
+
+from __future__ import annotations
+
+import torch
+
+from fallow.models.decoder import Decoder
+
+
+@torch.no_grad()
+def greedy_tokens(decoder: Decoder, prompt: list[int], count: int, ends: frozenset[int] = frozenset()) -> list[int]:
+    """Up to ``count`` likeliest tokens after ``prompt`` (at least one token), each from the whole text again, within
+    the decoder's context; an end token ends it and is the last."""
+    ids = list(prompt)
+    device = decoder.head.device
+    for _ in range(min(count, decoder.config.max_position_embeddings - len(ids))):
+        hidden = decoder.forward(torch.tensor([ids], device=device))  # not compiled: each length would be anew
+        ids.append(int(decoder.logits(hidden[0, -1]).argmax()))
+        if ids[-1] in ends:
+            break
+    return ids[len(prompt) :]
