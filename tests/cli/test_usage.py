@@ -17,7 +17,8 @@ COMMANDS = ["pull", "run", "serve", "eval", "bench", "train", "info"]
 def test_help_lists_every_command(fallow):
     done = fallow("--help")
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.partition("Commands:\n")[2].splitlines()[: len(COMMANDS)]] == COMMANDS
+    listed = done.stdout.partition("Commands:\n")[2].splitlines()[: len(COMMANDS)]
+    assert [line.split()[0] for line in listed] == COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
