@@ -115,6 +115,7 @@ class Trainer:
         self._flops = flops_per_token(decoder, recipe.data.context)
         self._peak = peak_flops(decoder.compute)
         self._stopped_by: int | None = None
+        self._last_validation: Validation | None = None  # of the step that was just taken
         if train.checkpoint_activations:
             decoder.checkpoint_layers = True
         if train.compile:
@@ -145,7 +146,7 @@ class Trainer:
             if self.state.step not in self.checkpoints.steps():
                 self._save()
             self.checkpoints.wait()
-        return None if self.stopped else self.validate()
+        return None if self.stopped else self._last_validation or self.validate()
 
     @property
     def stopped(self) -> int | None:
@@ -201,6 +202,7 @@ class Trainer:
         last = state.step == self.steps
         due = report.evaluate_every and (state.step % report.evaluate_every == 0 or last)
         validation = self.validate() if due else None
+        self._last_validation = validation
         if validation is not None:
             state.validation = validation.bits_per_byte
         sampled = report.sample_every and (state.step % report.sample_every == 0 or last)
