@@ -80,8 +80,8 @@ class RunState:
 
 
 class Trainer:
-    """A decoder, its optimizers and where the run is. ``on_step`` gets every step's report; ``on_note`` a sentence
-    where something happened that a person should know."""
+    """A decoder, its optimizers and where the run is. ``on_note`` gets a sentence where something happened that a
+    person should know."""
 
     def __init__(
         self,
@@ -90,12 +90,11 @@ class Trainer:
         corpus: Corpus,
         folder: Path,
         *,
-        on_step: Callable[[StepReport], None] = lambda report: None,
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Raises ``FallowError`` where the recipe's optimizers do not fit the decoder."""
         self.recipe, self.decoder, self.corpus = recipe, decoder, corpus
-        self._on_step, self._on_note = on_step, on_note
+        self._on_note = on_note
         train = recipe.train
         self.optimizers = build_optimizers(decoder.named_parameters(), recipe.optimizer)
         sequences = max(train.tokens // recipe.data.context, 1)
@@ -131,15 +130,16 @@ class Trainer:
         self._restore(checkpoint)
         return True
 
-    def run(self) -> Validation | None:
-        """Train to the end, or until SIGTERM or SIGINT; then a checkpoint is written and ``stopped`` is set.
+    def run(self, on_step: Callable[[StepReport], None]) -> Validation | None:
+        """Train to the end, every step reported to ``on_step``, or until SIGTERM or SIGINT; then a checkpoint is
+        written and ``stopped`` is set.
 
         The last validation, None where it was stopped. Raises ``FallowError`` where the loss is lost or a checkpoint
         cannot be written.
         """
         with self._signals():
             while self.state.step < self.steps and self._stopped_by is None:
-                self._one_step()
+                self._one_step(on_step)
                 every = self.recipe.report.checkpoint_every
                 if every and self.state.step % every == 0 and self.state.step < self.steps:
                     self._save()
@@ -174,7 +174,7 @@ class Trainer:
             return self.average.weights
         return {name: parameter.detach() for name, parameter in self.decoder.named_parameters()}
 
-    def _one_step(self) -> None:
+    def _one_step(self, on_step: Callable[[StepReport], None]) -> None:
         state, recipe = self.state, self.recipe
         before = self._meter.reading([os.getpid()])
         size = self.batches.at(state.step)
@@ -206,7 +206,7 @@ class Trainer:
         if validation is not None:
             state.validation = validation.bits_per_byte
         sampled = report.sample_every and (state.step % report.sample_every == 0 or last)
-        self._on_step(
+        on_step(
             StepReport(
                 step=state.step,
                 steps=self.steps,

@@ -78,18 +78,16 @@ def _train(
     _claim(folder, recipe)
     corpus = open_corpus(recipe, progress)
     decoder = new_decoder(recipe, corpus.tokenizer)
-    journals: list[Journal] = []
-
-    def report(step: StepReport) -> None:
-        journals[0].write(step)
-        on_step(step)
-
-    trainer = Trainer(recipe, decoder, corpus, folder, on_step=report, on_note=on_note)
+    trainer = Trainer(recipe, decoder, corpus, folder, on_note=on_note)
     if trainer.resume():
         on_note(f"Going on from step {trainer.state.step} of {trainer.steps}.")
     with Journal(folder, step=trainer.state.step, tensorboard=recipe.report.tensorboard) as journal:
-        journals.append(journal)
-        validation = trainer.run()
+
+        def report(step: StepReport) -> None:
+            journal.write(step)
+            on_step(step)
+
+        validation = trainer.run(report)
     model = folder / "model"
     if trainer.stopped is None:
         export_model(decoder.config, trainer.weights(), corpus.tokenizer, model)
