@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from fallow.engine.sampling import SamplingParams
     from fallow.errors import FallowError, ModelFileError, OverloadedError, RequestError
     from fallow.plan import SparsityPlan
+    from fallow.training.recipe import Recipe, load_recipe
+    from fallow.training.run import TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -21,12 +23,16 @@ __all__ = [
     "FallowError",
     "ModelFileError",
     "OverloadedError",
+    "Recipe",
     "RequestDelta",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
     "SparsityPlan",
+    "TrainResult",
     "__version__",
+    "load_recipe",
+    "train",
 ]
 
 # Loaded when first used, so that the commands which need no engine start at once.
@@ -36,11 +42,15 @@ _MODULES = {
     "FallowError": "fallow.errors",
     "ModelFileError": "fallow.errors",
     "OverloadedError": "fallow.errors",
+    "Recipe": "fallow.training.recipe",
     "RequestDelta": "fallow.engine.outputs",
     "RequestError": "fallow.errors",
     "RequestOutput": "fallow.engine.outputs",
     "SamplingParams": "fallow.engine.sampling",
     "SparsityPlan": "fallow.plan",
+    "TrainResult": "fallow.training.run",
+    "load_recipe": "fallow.training.recipe",
+    "train": "fallow.training.run",
 }
 
 

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fallow.cli.options import Json
-from fallow.errors import FallowError
 from fallow.terminal import note, print_fields, print_json, progress
 
 if TYPE_CHECKING:
-    from fallow.train.loop import StepReport
-    from fallow.train.run import TrainResult
+    from fallow.training.loop import StepReport
+    from fallow.training.run import TrainResult
 
 
 def train(
@@ -28,13 +27,8 @@ def train(
     json: Json = False,
 ) -> None:
     """Train a model by RECIPE; a run that was stopped goes on where it was."""
-    try:
-        from fallow.train.recipe import load_recipe
-        from fallow.train.run import train as run
-    except ModuleNotFoundError as error:
-        raise FallowError(
-            f"Training needs {error.name}, which is not installed: pip install 'fallow[train]' (torch 2.13)."
-        ) from None
+    from fallow.training.recipe import load_recipe
+    from fallow.training.run import train as run
 
     loaded = load_recipe(recipe, override or ())
     with progress(unit="steps") as bar:

@@ -1,1 +1,0 @@
-"""Training: one loop, its optimizers, schedules and checkpoints."""

@@ -1,0 +1,298 @@
+"""The training loop: steps, what is looked at between them, and how a run ends and goes on.
+
+A run is a function of its recipe and its folder: where it is in its data follows from the number of the step, so a run
+that was killed goes on from its last checkpoint to the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from fallow.errors import FallowError
+from fallow.meter.energy import EnergyMeter
+from fallow.models.decoder import Decoder
+from fallow.training.checkpoints import Checkpoint, Checkpoints
+from fallow.training.corpus import Corpus
+from fallow.training.ema import WeightAverage
+from fallow.training.flops import flops_per_token, peak_flops
+from fallow.training.optimizers.build import build_optimizers
+from fallow.training.recipe import Recipe
+from fallow.training.sample import greedy_tokens
+from fallow.training.schedule import BatchSize, LearningRate
+from fallow.training.step import Step
+from fallow.training.validation import Validation, validate
+from fallow.training.watch import LossWatch, first_bad_gradient
+
+_MOST_ROLLBACKS = 3
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step. ``loss`` in nats a token, ``bits_per_byte`` of the batch by the corpus's bytes a token, ``seconds``
+    since the run began (all its sessions), ``joules`` of this step, ``validation`` and ``sample`` where it was due."""
+
+    step: int
+    steps: int
+    tokens: int
+    loss: float
+    bits_per_byte: float
+    gradient_norm: float
+    lr: float
+    tokens_per_s: float
+    mfu: float
+    joules: float
+    seconds: float
+    validation: Validation | None = None
+    sample: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        values = {name: value for name, value in self.__dict__.items() if name not in ("validation", "sample")}
+        if self.validation is not None:
+            values["validation"] = {
+                "loss": self.validation.loss,
+                "bits_per_byte": self.validation.bits_per_byte,
+                "tokens": self.validation.tokens,
+            }
+        return values | ({"sample": self.sample} if self.sample is not None else {})
+
+
+@dataclass
+class RunState:
+    """The numbers that a checkpoint keeps beside the tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0  # sequences that were left out after a rollback
+    rollbacks: int = 0
+    seconds: float = 0.0
+    joules: float = 0.0
+    validation: float | None = None  # bits per byte, the last one
+    losses: list[float] = field(default_factory=list)  # of the last steps, for the watch
+
+
+class Trainer:
+    """A decoder, its optimizers and where the run is. ``on_note`` gets a sentence where something happened that a
+    person should know."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        decoder: Decoder,
+        corpus: Corpus,
+        folder: Path,
+        *,
+        on_note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Raises ``FallowError`` where the recipe's optimizers do not fit the decoder."""
+        self.recipe, self.decoder, self.corpus = recipe, decoder, corpus
+        self._on_note = on_note
+        train = recipe.train
+        self.optimizers = build_optimizers(decoder.named_parameters(), recipe.optimizer)
+        sequences = max(train.tokens // recipe.data.context, 1)
+        self.batches, self.steps = BatchSize.planned(sequences, train.batch, train.first_batch, train.ramp_share)
+        self.rate = LearningRate(
+            train.schedule,
+            self.steps,
+            warmup=round(train.warmup_share * self.steps),
+            decay=round(train.decay_share * self.steps),
+        )
+        self.average = WeightAverage(decoder, train.ema) if train.ema is not None else None
+        self.checkpoints = Checkpoints(folder / "checkpoints", recipe.report.keep_checkpoints)
+        self.state = RunState()
+        self._watch = LossWatch()
+        self._step = Step(decoder, micro_batch=train.micro_batch, clip=train.clip or None)
+        self._meter = EnergyMeter()
+        self._flops = flops_per_token(decoder, recipe.data.context)
+        self._peak = peak_flops(decoder.compute)
+        self._stopped_by: int | None = None
+        self._last_validation: Validation | None = None  # of the step that was just taken
+        if train.checkpoint_activations:
+            decoder.checkpoint_layers = True
+        if train.compile:
+            decoder.compile()
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint that is whole; False where there is none."""
+        checkpoint = self.checkpoints.latest()
+        for damaged in self.checkpoints.damaged:
+            self._on_note(f"The checkpoint {damaged} is damaged: the one before it is used.")
+        if checkpoint is None:
+            return False
+        self._restore(checkpoint)
+        return True
+
+    def run(self, on_step: Callable[[StepReport], None]) -> Validation | None:
+        """Train to the end, every step reported to ``on_step``, or until SIGTERM or SIGINT; then a checkpoint is
+        written and ``stopped`` is set.
+
+        The last validation, None where it was stopped. Raises ``FallowError`` where the loss is lost or a checkpoint
+        cannot be written.
+        """
+        with self._signals():
+            while self.state.step < self.steps and self._stopped_by is None:
+                self._one_step(on_step)
+                every = self.recipe.report.checkpoint_every
+                if every and self.state.step % every == 0 and self.state.step < self.steps:
+                    self._save()
+            if self.state.step not in self.checkpoints.steps():
+                self._save()
+            self.checkpoints.wait()
+        return None if self.stopped else self._last_validation or self.validate()
+
+    @property
+    def stopped(self) -> int | None:
+        """The signal that ended the run early."""
+        return self._stopped_by if self.state.step < self.steps else None
+
+    @property
+    def energy_source(self) -> str:
+        """Where the joules come from: ``fallow.meter.energy.EnergyMeter.source``."""
+        return self._meter.source
+
+    def validate(self) -> Validation:
+        """On the validation text, with the averaged weights where there are some."""
+        with self._evaluated_weights():
+            return validate(
+                self.decoder,
+                self.corpus.valid,
+                tokens=self.recipe.report.evaluate_tokens,
+                batch=self.recipe.train.micro_batch or self.recipe.train.batch,
+            )
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What is exported: the averaged weights where there are some."""
+        if self.average is not None:
+            return self.average.weights
+        return {name: parameter.detach() for name, parameter in self.decoder.named_parameters()}
+
+    def _one_step(self, on_step: Callable[[StepReport], None]) -> None:
+        state, recipe = self.state, self.recipe
+        before = self._meter.reading([os.getpid()])
+        size = self.batches.at(state.step)
+        batch = self.corpus.train.batch(self.batches.before(state.step) + state.skipped, size)
+        loss, norm = self._step.gradients(batch)
+        complaint = self._watch.complaint(loss, norm)
+        if complaint is not None:
+            self._bad_step(complaint, size)
+            return
+        factor = self.rate.factor(state.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(state.step)
+        used = self._meter.between(before, self._meter.reading([os.getpid()]))
+        tokens = size * recipe.data.context
+        state.step += 1
+        state.tokens += tokens
+        state.seconds += used.seconds
+        state.joules += used.joules
+        report = recipe.report
+        last = state.step == self.steps
+        due = report.evaluate_every and (state.step % report.evaluate_every == 0 or last)
+        validation = self.validate() if due else None
+        self._last_validation = validation
+        if validation is not None:
+            state.validation = validation.bits_per_byte
+        sampled = report.sample_every and (state.step % report.sample_every == 0 or last)
+        on_step(
+            StepReport(
+                step=state.step,
+                steps=self.steps,
+                tokens=state.tokens,
+                loss=loss,
+                bits_per_byte=self.corpus.bits_per_byte(loss),
+                gradient_norm=norm,
+                lr=recipe.optimizer[0].lr * factor,
+                tokens_per_s=tokens / used.seconds,
+                mfu=tokens * self._flops / used.seconds / self._peak,
+                joules=used.joules,
+                seconds=state.seconds,
+                validation=validation,
+                sample=self._sample() if sampled else None,
+            )
+        )
+
+    def _bad_step(self, complaint: str, size: int) -> None:
+        """Stop with the reason, or go back to the last checkpoint and leave these sequences out."""
+        step = self.state.step
+        where = first_bad_gradient((name, p.grad) for name, p in self.decoder.named_parameters())
+        sentence = f"At step {step + 1} {complaint}" + (f", first in {where}" if where else "")
+        self.checkpoints.wait()
+        checkpoint = self.checkpoints.latest()
+        if self.recipe.train.on_bad_step == "stop" or checkpoint is None or self.state.rollbacks >= _MOST_ROLLBACKS:
+            kept = f"the checkpoint of step {checkpoint.step} is kept" if checkpoint else "there is no checkpoint yet"
+            raise FallowError(f'{sentence}; {kept}. Lower the learning rate, or set train.on_bad_step = "rollback".')
+        rollbacks, skipped = self.state.rollbacks + 1, self.state.skipped
+        self._restore(checkpoint)
+        # Sequences from the checkpoint to the bad batch, it included, are not seen again.
+        passed = self.batches.before(step) + size - self.batches.before(checkpoint.step)
+        self.state.rollbacks, self.state.skipped = rollbacks, skipped + passed
+        for parameter in self.decoder.parameters():
+            parameter.grad = None
+        self._on_note(f"{sentence}: back to step {checkpoint.step}, with other text.")
+
+    def _tensors(self) -> dict[str, Any]:
+        model, optimizers = get_state_dict(self.decoder, self.optimizers)
+        average = {"average": self.average.weights} if self.average is not None else {}
+        return {"model": model, "optimizers": optimizers, **average}
+
+    def _save(self) -> None:
+        self.state.losses = list(self._watch.losses)
+        self.checkpoints.save(self.state.step, self._tensors(), dict(self.state.__dict__))
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        tensors = self._tensors()
+        checkpoint.load_into(tensors)
+        set_state_dict(
+            self.decoder,
+            self.optimizers,
+            model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizers"],
+        )
+        self.state = RunState(**checkpoint.run)
+        self._watch = LossWatch(self.state.losses)
+
+    def _sample(self) -> str:
+        tokenizer = self.corpus.tokenizer
+        prompt = self.recipe.report.sample_prompt
+        ids = tokenizer.encode(prompt) or [min(tokenizer.eos_token_ids, default=0)]
+        with self._evaluated_weights():
+            new = greedy_tokens(self.decoder, ids, self.recipe.report.sample_tokens, tokenizer.eos_token_ids)
+        return prompt + tokenizer.decode(new)
+
+    @contextmanager
+    def _evaluated_weights(self) -> Iterator[None]:
+        with self.average.in_place() if self.average is not None else nullcontext():
+            yield
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run after the step; a second one at once. Only the main thread can listen."""
+
+        def stop(number: int, frame: object) -> None:
+            if self._stopped_by is not None:
+                raise KeyboardInterrupt
+            self._stopped_by = number
+            self._on_note("Stopping after this step, with a checkpoint.")
+
+        try:
+            before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # in another thread
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,136 @@
+"""A recipe carried out: text to shards, shards to steps, and the model's folder at the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fallow.errors import FallowError
+from fallow.files import locked_or_refused, write_json
+from fallow.terminal import Progress
+from fallow.training.corpus import open_corpus
+from fallow.training.export import export_model
+from fallow.training.journal import Journal
+from fallow.training.loop import StepReport, Trainer
+from fallow.training.model import new_decoder
+from fallow.training.recipe import Recipe, load_recipe
+from fallow.training.validation import Validation
+
+_RECIPE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """``folder`` is the run's, ``model`` the exported one, None where a signal (``stopped``) ended the run early."""
+
+    folder: Path
+    step: int
+    steps: int
+    tokens: int
+    seconds: float
+    joules: float
+    energy_source: str
+    validation: Validation | None
+    model: Path | None
+    stopped: int | None
+
+
+def train(
+    recipe: Recipe | str | Path,
+    *,
+    out: str | Path | None = None,
+    fresh: bool = False,
+    on_step: Callable[[StepReport], None] = lambda report: None,
+    on_note: Callable[[str], None] = lambda text: None,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train what ``recipe`` says (a ``Recipe`` or a TOML file) in the folder ``out`` (default: ``runs/<name>``).
+
+    A run that is there already goes on from its last checkpoint; ``fresh`` begins again and throws it away. Raises
+    ``FallowError`` where the recipe, the text or the disk do not allow it, where the folder belongs to another recipe,
+    or where another process trains in it.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    folder = Path(out) if out is not None else Path("runs") / recipe.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked_or_refused(folder / ".lock", f"Another process trains in {folder}: wait for it, or use --out."):
+            return _train(recipe, folder, fresh=fresh, on_step=on_step, on_note=on_note, progress=progress)
+    except OSError as error:
+        raise FallowError(f"{folder} cannot be written ({error.strerror or error}): use another folder.") from error
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    fresh: bool,
+    on_step: Callable[[StepReport], None],
+    on_note: Callable[[str], None],
+    progress: Progress | None,
+) -> TrainResult:
+    if fresh:
+        for name in ("checkpoints", "tensorboard", "model"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    _claim(folder, recipe)
+    corpus = open_corpus(recipe, progress)
+    decoder = new_decoder(recipe, corpus.tokenizer)
+    trainer = Trainer(recipe, decoder, corpus, folder, on_note=on_note)
+    if trainer.resume():
+        on_note(f"Going on from step {trainer.state.step} of {trainer.steps}.")
+    with Journal(folder, step=trainer.state.step, tensorboard=recipe.report.tensorboard) as journal:
+
+        def report(step: StepReport) -> None:
+            journal.write(step)
+            on_step(step)
+
+        validation = trainer.run(report)
+    model = folder / "model"
+    if trainer.stopped is None:
+        export_model(decoder.config, trainer.weights(), corpus.tokenizer, model)
+    return TrainResult(
+        folder=folder,
+        step=trainer.state.step,
+        steps=trainer.steps,
+        tokens=trainer.state.tokens,
+        seconds=trainer.state.seconds,
+        joules=trainer.state.joules,
+        energy_source=trainer.energy_source,
+        validation=validation,
+        model=model if trainer.stopped is None else None,
+        stopped=trainer.stopped,
+    )
+
+
+def _claim(folder: Path, recipe: Recipe) -> None:
+    """The folder is this recipe's; what is only looked at may change between two sessions of a run."""
+    deciding = recipe.model_dump(mode="json", exclude={"report"})
+    path = folder / _RECIPE
+    if not (folder / "checkpoints").is_dir():
+        write_json(path, deciding)
+        return
+    try:
+        before = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        raise FallowError(
+            f"{path} is missing or damaged, so what is in {folder} cannot be told: use --fresh, or another --out."
+        ) from None
+    changed = _first_change(before, deciding)
+    if changed is not None:
+        raise FallowError(
+            f"{folder} holds a run with another {changed}: train into another folder with --out, or begin again with "
+            "--fresh."
+        )
+
+
+def _first_change(before: object, now: object, name: str = "") -> str | None:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            found = _first_change(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+            if found is not None:
+                return found
+        return None
+    return None if before == now else name
