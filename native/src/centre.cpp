@@ -2,6 +2,7 @@
 // it gain the mean's product with their weights.
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numeric>
 #include <set>
 #include <stdexcept>
@@ -11,20 +12,25 @@
 namespace fallow {
 namespace {
 
-constexpr int sink_rows = 4;             // the first tokens of a text are unlike all others
+constexpr int sink_rows = 4;             // the first tokens of a text are unlike all others, the very first most of all
 constexpr double fixed_point = 1 << 24;  // of sums that must not depend on the order in which threads add to them
 
 }  // namespace
 
-void Program::add_to_sums(int r, const float* normed, std::vector<int64_t>& sums) const {
-  if (row_position_[r] < sink_rows) return;
-  for (size_t i = 0; i < sums.size(); ++i) sums[i] += std::llround(normed[i] * fixed_point);
+void Program::add_to_sums(int position, const float* normed, Sums& sums) const {
+  if (position > 0 && position < sink_rows) return;
+  std::vector<int64_t>& of = position == 0 ? sums.first : sums.others;
+  for (size_t i = 0; i < of.size(); ++i) of[i] += std::llround(normed[i] * fixed_point);
 }
 
-void Program::add_to_totals(int index, const std::vector<int64_t>& sums) {
+void Program::add_to_totals(int index, const Sums& sums) {
   const std::lock_guard<std::mutex> lock(totals_mutex_);
-  totals_[index].resize(sums.size());
-  for (size_t i = 0; i < sums.size(); ++i) totals_[index][i] += sums[i];
+  const auto add = [](const std::vector<int64_t>& from, std::vector<int64_t>& to) {
+    to.resize(from.size());
+    for (size_t i = 0; i < from.size(); ++i) to[i] += from[i];
+  };
+  add(sums.first, totals_[index].first);
+  add(sums.others, totals_[index].others);
 }
 
 void Program::centre(const std::vector<int32_t>& tokens) {
@@ -58,35 +64,20 @@ void Program::centre(const std::vector<int32_t>& tokens) {
   }
   const auto totals = std::move(totals_);
   totals_.clear();
+  std::vector<Product> products;
   for (size_t i = 0; i < operations_.size(); ++i) {
-    if (totals[i].empty() || !is_rounded(operations_[i])) continue;
-    auto* norm = std::get_if<op::NormQuantise>(&operations_[i]);
-    std::vector<float> negative(totals[i].size());
-    std::transform(totals[i].begin(), totals[i].end(), negative.begin(), [&](int64_t total) {
-      return static_cast<float>(-static_cast<double>(total) / fixed_point / (sequences * (length - sink_rows)));
-    });
-    norm->centre = add_vector(std::move(negative));
-    // The linears that read these activations before anything else is written there.
-    std::set<int> live(norm->out.begin(), norm->out.end());
-    for (size_t j = i + 1; j < operations_.size() && !live.empty(); ++j) {
-      if (const auto* other = std::get_if<op::NormQuantise>(&operations_[j])) {
-        for (const int a : other->out) live.erase(a);
-      }
-      if (const auto* other = std::get_if<op::Quantise>(&operations_[j])) live.erase(other->out);
-      auto* linear = std::get_if<op::Linear>(&operations_[j]);
-      if (linear == nullptr || live.count(linear->activations) == 0) continue;
-      const int bias = add_vector(std::vector<float>(weights_[linear->weights]->tiles * lanes));
-      if (linear->bias >= 0) vectors_[bias] = vectors_[linear->bias];
-      vectors_[bias].resize(static_cast<size_t>(weights_[linear->weights]->tiles + 1) / 2 * 2 * lanes);
-      linear->bias = bias;
-      centred_.push_back({norm->centre, linear->weights, bias});
-    }
+    if (!totals[i].others.empty() && is_rounded(operations_[i])) centre_norm(i, totals[i], sequences, length, products);
   }
+  struct Task {
+    Program* program;
+    const std::vector<Product>* products;
+  } task{this, &products};
   pool_.run(
-      [](void* self, int thread) {
-        auto& p = *static_cast<Program*>(self);
+      [](void* context, int thread) {
+        const Task& t = *static_cast<Task*>(context);
+        Program& p = *t.program;
         std::vector<float> row;
-        for (const auto& [centre, weights, bias] : p.centred_) {
+        for (const auto& [centre, weights, bias] : *t.products) {
           const PackedLinear& w = *p.weights_[weights];
           row.resize(w.in_features);
           for (int r = thread; r < w.tiles * lanes; r += p.pool_.size()) {
@@ -97,7 +88,48 @@ void Program::centre(const std::vector<int32_t>& tokens) {
           }
         }
       },
-      this);
+      &task);
+}
+
+void Program::centre_norm(size_t index, const Sums& totals, int sequences, int length, std::vector<Product>& products) {
+  auto& norm = std::get<op::NormQuantise>(operations_[index]);
+  const auto minus_mean = [&](const std::vector<int64_t>& total, int rows) {
+    std::vector<float> mean(total.size());
+    std::transform(total.begin(), total.end(), mean.begin(),
+                   [&](int64_t sum) { return static_cast<float>(-static_cast<double>(sum) / fixed_point / rows); });
+    return mean;
+  };
+  const std::vector<float> others = minus_mean(totals.others, sequences * (length - sink_rows));
+  const std::vector<float> first = minus_mean(totals.first, sequences);
+  // The linears that read these activations before anything else is written there.
+  std::vector<op::Linear*> linears;
+  std::set<int> live(norm.out.begin(), norm.out.end());
+  for (size_t j = index + 1; j < operations_.size() && !live.empty(); ++j) {
+    if (const auto* other = std::get_if<op::NormQuantise>(&operations_[j])) {
+      for (const int a : other->out) live.erase(a);
+    }
+    if (const auto* other = std::get_if<op::Quantise>(&operations_[j])) live.erase(other->out);
+    auto* linear = std::get_if<op::Linear>(&operations_[j]);
+    if (linear != nullptr && live.count(linear->activations) > 0) linears.push_back(linear);
+  }
+  norm.centre = add_vector(others);
+  for (op::Linear* linear : linears) {
+    const int bias = add_vector(std::vector<float>(weights_[linear->weights]->tiles * lanes));
+    if (linear->bias >= 0) std::copy(vectors_[linear->bias].begin(), vectors_[linear->bias].end(), vectors_[bias].begin());
+    linear->bias = bias;
+    products.push_back({norm.centre, linear->weights, bias});
+  }
+  // What a linear has put through an activation can take no more: there the first token is centred as all others are.
+  const auto is_sum = [](const op::Linear* linear) { return linear->epilogue == Epilogue::store || linear->epilogue == Epilogue::add; };
+  if (!std::all_of(linears.begin(), linears.end(), is_sum)) return;
+  norm.first_centre = add_vector(first);
+  std::vector<float> beyond(first.size());
+  std::transform(first.begin(), first.end(), others.begin(), beyond.begin(), std::minus<>());
+  const int difference = add_vector(std::move(beyond));
+  for (op::Linear* linear : linears) {
+    linear->first_bias = add_vector(std::vector<float>(weights_[linear->weights]->tiles * lanes));
+    products.push_back({difference, linear->weights, linear->first_bias});
+  }
 }
 
 }  // namespace fallow

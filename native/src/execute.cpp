@@ -113,14 +113,16 @@ void Program::execute(const op::Norm& o, int, int, const Part& part) {
 void Program::execute(const op::NormQuantise& o, int index, int thread, const Part& part) {
   auto* normed = scratch_[thread].row.as<float>();
   const int width = buffers_[o.x].width;
-  std::vector<int64_t> sums(totals_.empty() ? 0 : width);
+  const size_t summed = totals_.empty() ? 0 : width;
+  Sums sums{std::vector<int64_t>(summed), std::vector<int64_t>(summed)};
   fetching_ahead(o.x, 0, width, part, [&](int r) {
-    const float* shift = o.centre < 0 ? nullptr : vectors_[o.centre].data();
+    const int centre = o.first_centre >= 0 && position(index, r) == 0 ? o.first_centre : o.centre;
+    const float* shift = centre < 0 ? nullptr : vectors_[centre].data();
     kernels_.rms_norm({row(o.x, r, part), vectors_[o.weight].data(), o.eps, width, shift}, normed);
-    if (!sums.empty()) add_to_sums(r, normed, sums);
+    if (summed > 0) add_to_sums(position(index, r), normed, sums);
     for (const int a : o.out) kernels_.quantise(normed, activations_[a].format, activation_row(a, r, part), 0, activations_[a].format.groups());
   });
-  if (!sums.empty()) add_to_totals(index, sums);
+  if (summed > 0) add_to_totals(index, sums);
 }
 
 void Program::execute(const op::Quantise& o, int, int, const Part& part) {
@@ -145,7 +147,14 @@ void Program::execute(const op::Linear& o, int index, int thread, const Part& pa
                         o.epilogue,
                         pages_ahead(index, thread)};
   uint8_t* scratch = scratch_[thread].linear.data();
-  kernels_.linear(task, 2 * part.first_of((w.tiles + 1) / 2), 2 * part.end_of((w.tiles + 1) / 2), scratch);
+  const int begin = 2 * part.first_of((w.tiles + 1) / 2);
+  const int end = 2 * part.end_of((w.tiles + 1) / 2);
+  kernels_.linear(task, begin, end, scratch);
+  for (int r = part.begin; o.first_bias >= 0 && r < part.end; ++r) {
+    if (position(index, r) != 0) continue;
+    const int first = begin * lanes;
+    kernels_.add(vectors_[o.first_bias].data() + first, row(o.out, r, part) + o.column + first, std::min(end * lanes, w.out_features) - first);
+  }
   // While the others finish, the start of this thread's next weights comes.
   const int next = next_linear_[index];
   if (next < 0) return;

@@ -35,7 +35,9 @@ struct NormQuantise {  // the same, straight into activations
   int x, weight;
   std::vector<int> out;
   float eps;
-  int centre = -1;  // vector that is added before rounding: minus the mean, which the linears' biases give back
+  // Vectors that are added before rounding: minus the mean, which the linears' biases give back. The first token of a text
+  // is unlike all others and has a mean of its own.
+  int centre = -1, first_centre = -1;
 };
 struct Quantise {
   int x, out;
@@ -43,6 +45,7 @@ struct Quantise {
 struct Linear {
   int activations, weights, bias, out, column;  // bias: vector or -1
   Epilogue epilogue;
+  int first_bias = -1;  // vector that is added to the first token of a text afterwards, or -1
 };
 struct Rope {
   int qkv, table, rotary_dim, q_norm, k_norm;  // norms: vector or -1
@@ -156,8 +159,17 @@ class Program {
     int end_of(int n) const { return static_cast<int>(n * (int64_t{share} + 1) / shares); }
   };
 
-  void add_to_sums(int r, const float* normed, std::vector<int64_t>& sums) const;
-  void add_to_totals(int index, const std::vector<int64_t>& sums);
+  // While centring: sums of the normalised rows, in fixed point.
+  struct Sums {
+    std::vector<int64_t> first, others;
+  };
+  void add_to_sums(int position, const float* normed, Sums& sums) const;
+  void add_to_totals(int index, const Sums& sums);
+  // A bias that gains minus the product of a centre with weights.
+  struct Product {
+    int centre, weights, bias;
+  };
+  void centre_norm(size_t index, const Sums& totals, int sequences, int length, std::vector<Product>& products);
   void find_runs();
   void find_aheads();
   void list_pages_ahead();
@@ -184,6 +196,8 @@ class Program {
   AttentionTask attention_task(const op::Attention&, const AttentionItem&) const;
 
   int rows(int index) const { return row_kind_[index] == 1 ? step_.num_logit_rows : step_.num_tokens; }
+  // Of row r of an operation within its text.
+  int position(int index, int r) const { return row_position_[row_kind_[index] == 1 ? step_.logit_rows[r] : r]; }
   float* row(int buffer, int r, const Part& part) const {
     const Buffer& b = buffers_[buffer];
     return b.memory.as<float>() + static_cast<size_t>(b.passing ? r - part.shift : r) * b.stride;
@@ -242,14 +256,9 @@ class Program {
 
   Step step_{};
   SampleArgs* sample_ = nullptr;
-  // Per operation, while centring: sums of the normalised rows, in fixed point.
-  std::vector<std::vector<int64_t>> totals_;
+  std::vector<Sums> totals_;  // per operation, while centring
   int last_centred_ = 0;  // the last operation that centring needs
   std::mutex totals_mutex_;
-  struct Centred {
-    int centre, weights, bias;
-  };
-  std::vector<Centred> centred_;
   std::vector<int> row_sequence_, row_position_;
   std::vector<AttentionItem> items_, merges_;
   std::vector<Partial> split_partials_;

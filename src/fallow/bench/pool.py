@@ -89,9 +89,8 @@ class WorkerProcess:
             self._process.stdin.flush()
         except OSError:
             raise self._failure("ended") from None
-        deadline = time.monotonic() + seconds
         while True:
-            answer = self._line(deadline)
+            answer = self._line(time.monotonic() + seconds)  # who tells of progress has more time
             if "progress" not in answer:
                 break
             if on_progress is not None:
