@@ -162,6 +162,9 @@ def chat(conversation: Conversation) -> None:
         except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            print()  # the shell's prompt gets a line of its own
+            raise
         if text == "/exit":
             return
         if text == "/reset":
