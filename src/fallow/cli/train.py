@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,24 +28,38 @@ def train(
     json: Json = False,
 ) -> None:
     """Train a model by RECIPE; a run that was stopped goes on where it was."""
-    from fallow.training.recipe import load_recipe
+    from fallow.training.processes import EndedElsewhereError, is_first
     from fallow.training.run import train as run
 
-    loaded = load_recipe(recipe, override or ())
-    with progress(unit="steps") as bar:
+    with progress(unit="steps") if is_first() else nullcontext() as bar:
 
         def show(report: StepReport) -> None:
             if json:
                 print_json(report.to_json())
                 return
-            bar(_line(report), report.step, report.steps)
+            if bar is not None:
+                bar(_line(report), report.step, report.steps)
             if report.validation is not None:
                 note(f"step {report.step}: validation {report.validation.bits_per_byte:.4f} bits per byte")
             if report.sample is not None:
                 note(f"step {report.step}: {report.sample!r}")
 
-        result = run(loaded, out=out, fresh=fresh, on_step=show, on_note=note, progress=bar)
-    _conclude(result, json)
+        try:
+            result = run(
+                recipe,
+                overrides=override or (),
+                out=out,
+                fresh=fresh,
+                on_step=show,
+                on_note=note,
+                progress=bar,
+            )
+        except EndedElsewhereError:
+            raise typer.Exit(1) from None
+    if is_first():
+        _conclude(result, json)
+    if result.stopped is not None:
+        raise typer.Exit(128 + result.stopped)
 
 
 def _line(report: StepReport) -> str:
@@ -71,4 +86,3 @@ def _conclude(result: TrainResult, json: bool) -> None:
         print_fields(fields)
     if result.stopped is not None:
         note(f"Stopped at step {result.step} of {result.steps}: the same command goes on from there.")
-        raise typer.Exit(128 + result.stopped)

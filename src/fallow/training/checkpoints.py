@@ -1,8 +1,8 @@
 """Checkpoints of a run: written beside the training, complete or not there, checked before they are used.
 
-A folder ``step-00000200`` holds what ``torch.distributed.checkpoint`` writes (so a run may go on with another number of
-processes), ``run.json`` with the numbers of the run, and ``manifest.json``, written last, with the size and the SHA-256
-of every other file.
+A folder ``step-00000200`` holds what ``torch.distributed.checkpoint`` writes, a file of each process (a run may go on
+with another number of them), ``run.json`` with the numbers of the run, and ``manifest.json``, written when all have
+written, with the size and the SHA-256 of every other file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from fallow.errors import FallowError
 from fallow.files import replacing_folder, write_json
+from fallow.training.processes import ALONE, Processes
 
 # It says so of every checkpoint of a single process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -54,12 +55,14 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints in ``folder``: the last ``keep`` and the best one, by ``run["validation"]`` (bits per byte).
 
-    ``damaged`` names those that were found cut short or changed, with the reason.
+    ``damaged`` names those that were found cut short or changed, with the reason. All ``processes`` see the folder and
+    call ``save``, ``wait`` and ``latest`` together.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, processes: Processes = ALONE) -> None:
         self.folder = folder
         self.keep = keep
+        self._processes = processes
         self.damaged: list[str] = []
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -94,7 +97,10 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def latest(self) -> Checkpoint | None:
-        """The newest that is whole."""
+        """The newest that is whole; the first process looks for it."""
+        return self._processes.on_first(self._latest)
+
+    def _latest(self) -> Checkpoint | None:
         for step in reversed(self.steps()):
             folder = self._place(step)
             reason = _damage(folder)
@@ -104,13 +110,14 @@ class Checkpoints:
         return None
 
     def _write(self, step: int, tensors: dict[str, Any], run: dict[str, Any]) -> None:
+        processes = self._processes.background
         try:
-            with replacing_folder(self._place(step)) as partial:
+            with processes.led(replacing_folder(self._place(step))) as partial:
                 writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
-                save(tensors, storage_writer=writer, no_dist=True)
-                write_json(partial / _RUN, run)
-                write_json(partial / _MANIFEST, {path.name: _record(path) for path in sorted(partial.iterdir())})
-            self._prune()
+                alone = processes.group is None
+                save(tensors, storage_writer=writer, process_group=processes.group, no_dist=alone)
+                processes.on_first(lambda: _seal(partial, run))
+            processes.on_first(self._prune)
         except BaseException as error:  # a thread's failure is told by ``wait``
             self._error = error
 
@@ -139,6 +146,11 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_copied(item) for item in value)
     return value
+
+
+def _seal(folder: Path, run: dict[str, Any]) -> None:
+    write_json(folder / _RUN, run)
+    write_json(folder / _MANIFEST, {path.name: _record(path) for path in sorted(folder.iterdir())})
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -28,6 +28,11 @@ class Corpus:
     train: Windows
     valid: Windows
 
+    @property
+    def digest(self) -> str:
+        """The same where texts and tokenizer are."""
+        return f"{self.train.shards.index.digest} {self.valid.shards.index.digest}"
+
     def bits_per_byte(self, loss: float) -> float:
         """A loss (nats a token) on the training text in bits per byte, by its average token."""
         index = self.train.shards.index

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fallow.training.optimizers.shards import own_part
+
 
 class WeightAverage:
     """``average = decay * average + (1 - decay) * weights`` after each step; ``decay`` rises from 0 at the start
@@ -21,7 +23,8 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.weights.values()), [p.detach() for p in self._parameters.values()], 1 - decay)
+        averages = [own_part(average) for average in self.weights.values()]
+        torch._foreach_lerp_(averages, [own_part(p.detach()) for p in self._parameters.values()], 1 - decay)
 
     @contextmanager
     @torch.no_grad()

@@ -24,12 +24,12 @@ def flops_per_token(decoder: Decoder, context: int) -> int:
     return 6 * (weights + head) + 6 * config.num_hidden_layers * width * context
 
 
-def peak_flops(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product on this machine, measured now."""
-    a, b = torch.randn(2, _SIZE, _SIZE).to(dtype)
+def peak_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations a second of a large matrix product on ``device``, measured now."""
+    a, b = torch.randn(2, _SIZE, _SIZE).to(device, dtype)
     best, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < _SECONDS:
         begin = time.perf_counter()
-        a @ b
+        float((a @ b)[0, 0])  # a GPU's product is done when it is read
         best = min(best, time.perf_counter() - begin)
     return 2 * _SIZE**3 / best

@@ -6,7 +6,6 @@ that was killed goes on from its last checkpoint to the same bits.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,9 +24,12 @@ from fallow.training.corpus import Corpus
 from fallow.training.ema import WeightAverage
 from fallow.training.flops import flops_per_token, peak_flops
 from fallow.training.optimizers.build import build_optimizers
+from fallow.training.optimizers.shards import own_part
+from fallow.training.processes import ALONE, Processes
 from fallow.training.recipe import Recipe
 from fallow.training.sample import greedy_tokens
 from fallow.training.schedule import BatchSize, LearningRate
+from fallow.training.sharding import place, reshard, whole_on_first
 from fallow.training.step import Step
 from fallow.training.validation import Validation, validate
 from fallow.training.watch import LossWatch, first_bad_gradient
@@ -37,8 +39,9 @@ _MOST_ROLLBACKS = 3
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step. ``loss`` in nats a token, ``bits_per_byte`` of the batch by the corpus's bytes a token, ``seconds``
-    since the run began (all its sessions), ``joules`` of this step, ``validation`` and ``sample`` where it was due."""
+    """One step of all processes. ``loss`` in nats a token, ``bits_per_byte`` of the batch by the corpus's bytes a
+    token, ``seconds`` since the run began (all its sessions), ``joules`` of this step, ``validation`` and ``sample``
+    where it was due."""
 
     step: int
     steps: int
@@ -81,7 +84,7 @@ class RunState:
 
 class Trainer:
     """A decoder, its optimizers and where the run is. ``on_note`` gets a sentence where something happened that a
-    person should know."""
+    person should know. Where there are several ``processes``, each has a trainer, and they go in step."""
 
     def __init__(
         self,
@@ -90,12 +93,19 @@ class Trainer:
         corpus: Corpus,
         folder: Path,
         *,
+        processes: Processes = ALONE,
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Raises ``FallowError`` where the recipe's optimizers do not fit the decoder."""
-        self.recipe, self.decoder, self.corpus = recipe, decoder, corpus
+        """Raises ``FallowError`` where the recipe's optimizers do not fit the decoder, or its batch the processes."""
+        self.recipe, self.decoder, self.corpus, self.processes = recipe, decoder, corpus, processes
         self._on_note = on_note
         train = recipe.train
+        if train.batch % processes.count:
+            raise FallowError(
+                f"train.batch is {train.batch}, which {processes.count} processes cannot share evenly: take a multiple "
+                "of their number."
+            )
+        place(decoder, processes, compiled=train.compile)
         self.optimizers = build_optimizers(decoder.named_parameters(), recipe.optimizer)
         sequences = max(train.tokens // recipe.data.context, 1)
         self.batches, self.steps = BatchSize.planned(sequences, train.batch, train.first_batch, train.ramp_share)
@@ -106,19 +116,19 @@ class Trainer:
             decay=round(train.decay_share * self.steps),
         )
         self.average = WeightAverage(decoder, train.ema) if train.ema is not None else None
-        self.checkpoints = Checkpoints(folder / "checkpoints", recipe.report.keep_checkpoints)
+        self.checkpoints = Checkpoints(folder / "checkpoints", recipe.report.keep_checkpoints, processes)
         self.state = RunState()
         self._watch = LossWatch()
-        self._step = Step(decoder, micro_batch=train.micro_batch, clip=train.clip or None)
+        self._step = Step(decoder, micro_batch=train.micro_batch, clip=train.clip or None, processes=processes)
         self._meter = EnergyMeter()
         self._flops = flops_per_token(decoder, recipe.data.context)
-        self._peak = peak_flops(decoder.compute)
-        self._stopped_by: int | None = None
+        self._peak = processes.total(peak_flops(decoder.compute, processes.device))
+        self._signal = 0  # that came to this process
+        self._stopped_by: int | None = None  # what came to one of them, known to all
+        self._saved_step: int | None = None
         self._last_validation: Validation | None = None  # of the step that was just taken
         if train.checkpoint_activations:
             decoder.checkpoint_layers = True
-        if train.compile:
-            decoder.compile()
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint that is whole; False where there is none."""
@@ -140,10 +150,11 @@ class Trainer:
         with self._signals():
             while self.state.step < self.steps and self._stopped_by is None:
                 self._one_step(on_step)
+                self._stopped_by = max(self.processes.gathered(self._signal)) or None
                 every = self.recipe.report.checkpoint_every
                 if every and self.state.step % every == 0 and self.state.step < self.steps:
                     self._save()
-            if self.state.step not in self.checkpoints.steps():
+            if self.state.step != self._saved_step:
                 self._save()
             self.checkpoints.wait()
         return None if self.stopped else self._last_validation or self.validate()
@@ -166,19 +177,21 @@ class Trainer:
                 self.corpus.valid,
                 tokens=self.recipe.report.evaluate_tokens,
                 batch=self.recipe.train.micro_batch or self.recipe.train.batch,
+                processes=self.processes,
             )
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What is exported: the averaged weights where there are some."""
-        if self.average is not None:
-            return self.average.weights
-        return {name: parameter.detach() for name, parameter in self.decoder.named_parameters()}
+        """What is exported: the averaged weights where there are some. The first process gets them, the others
+        nothing."""
+        own = {name: parameter.detach() for name, parameter in self.decoder.named_parameters()}
+        return whole_on_first(own if self.average is None else self.average.weights, self.processes)
 
     def _one_step(self, on_step: Callable[[StepReport], None]) -> None:
         state, recipe = self.state, self.recipe
-        before = self._meter.reading([os.getpid()])
+        before = self._meter.reading(self.processes.measured)
         size = self.batches.at(state.step)
-        batch = self.corpus.train.batch(self.batches.before(state.step) + state.skipped, size)
+        first = self.batches.before(state.step) + state.skipped
+        batch = self.processes.share(self.corpus.train.batch, first, size)
         loss, norm = self._step.gradients(batch)
         complaint = self._watch.complaint(loss, norm)
         if complaint is not None:
@@ -192,12 +205,13 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(state.step)
-        used = self._meter.between(before, self._meter.reading([os.getpid()]))
+        used = self._meter.between(before, self._meter.reading(self.processes.measured))
+        joules = self.processes.total(used.joules if self.processes.measured else 0.0)
         tokens = size * recipe.data.context
         state.step += 1
         state.tokens += tokens
         state.seconds += used.seconds
-        state.joules += used.joules
+        state.joules += joules
         report = recipe.report
         last = state.step == self.steps
         due = report.evaluate_every and (state.step % report.evaluate_every == 0 or last)
@@ -217,7 +231,7 @@ class Trainer:
                 lr=recipe.optimizer[0].lr * factor,
                 tokens_per_s=tokens / used.seconds,
                 mfu=tokens * self._flops / used.seconds / self._peak,
-                joules=used.joules,
+                joules=joules,
                 seconds=state.seconds,
                 validation=validation,
                 sample=self._sample() if sampled else None,
@@ -227,7 +241,7 @@ class Trainer:
     def _bad_step(self, complaint: str, size: int) -> None:
         """Stop with the reason, or go back to the last checkpoint and leave these sequences out."""
         step = self.state.step
-        where = first_bad_gradient((name, p.grad) for name, p in self.decoder.named_parameters())
+        where = self._first_bad_gradient()
         sentence = f"At step {step + 1} {complaint}" + (f", first in {where}" if where else "")
         self.checkpoints.wait()
         checkpoint = self.checkpoints.latest()
@@ -243,6 +257,12 @@ class Trainer:
             parameter.grad = None
         self._on_note(f"{sentence}: back to step {checkpoint.step}, with other text.")
 
+    def _first_bad_gradient(self) -> str | None:
+        """In the order of the parameters, whichever process has the part with it."""
+        parts = {name: p.grad if p.grad is None else own_part(p.grad) for name, p in self.decoder.named_parameters()}
+        found = {name for name in self.processes.gathered(first_bad_gradient(parts.items())) if name is not None}
+        return next((name for name in parts if name in found), None)
+
     def _tensors(self) -> dict[str, Any]:
         model, optimizers = get_state_dict(self.decoder, self.optimizers)
         average = {"average": self.average.weights} if self.average is not None else {}
@@ -251,6 +271,7 @@ class Trainer:
     def _save(self) -> None:
         self.state.losses = list(self._watch.losses)
         self.checkpoints.save(self.state.step, self._tensors(), dict(self.state.__dict__))
+        self._saved_step = self.state.step
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         tensors = self._tensors()
@@ -262,6 +283,7 @@ class Trainer:
             optim_state_dict=tensors["optimizers"],
         )
         self.state = RunState(**checkpoint.run)
+        self._saved_step = checkpoint.step
         self._watch = LossWatch(self.state.losses)
 
     def _sample(self) -> str:
@@ -269,22 +291,29 @@ class Trainer:
         prompt = self.recipe.report.sample_prompt
         ids = tokenizer.encode(prompt) or [min(tokenizer.eos_token_ids, default=0)]
         with self._evaluated_weights():
-            new = greedy_tokens(self.decoder, ids, self.recipe.report.sample_tokens, tokenizer.eos_token_ids)
+            new = greedy_tokens(
+                self.decoder,
+                ids,
+                self.recipe.report.sample_tokens,
+                tokenizer.eos_token_ids,
+                agreed=lambda token: self.processes.on_first(lambda: token),
+            )
         return prompt + tokenizer.decode(new)
 
     @contextmanager
     def _evaluated_weights(self) -> Iterator[None]:
         with self.average.in_place() if self.average is not None else nullcontext():
             yield
+            reshard(self.decoder)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGTERM and SIGINT end the run after the step; a second one at once. Only the main thread can listen."""
 
         def stop(number: int, frame: object) -> None:
-            if self._stopped_by is not None:
+            if self._signal:
                 raise KeyboardInterrupt
-            self._stopped_by = number
+            self._signal = number
             self._on_note("Stopping after this step, with a checkpoint.")
 
         try:

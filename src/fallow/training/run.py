@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fallow.training.export import export_model
 from fallow.training.journal import Journal
 from fallow.training.loop import StepReport, Trainer
 from fallow.training.model import new_decoder
+from fallow.training.processes import Processes, joined
 from fallow.training.recipe import Recipe, load_recipe
 from fallow.training.validation import Validation
 
@@ -41,56 +43,63 @@ class TrainResult:
 def train(
     recipe: Recipe | str | Path,
     *,
+    overrides: Iterable[str] = (),
     out: str | Path | None = None,
     fresh: bool = False,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_note: Callable[[str], None] = lambda text: None,
     progress: Progress | None = None,
 ) -> TrainResult:
-    """Train what ``recipe`` says (a ``Recipe`` or a TOML file) in the folder ``out`` (default: ``runs/<name>``).
+    """Train what ``recipe`` says (a ``Recipe``, or a TOML file with ``overrides`` such as ``train.tokens=1000`` laid
+    over it) in the folder ``out`` (default: ``runs/<name>``).
 
-    A run that is there already goes on from its last checkpoint; ``fresh`` begins again and throws it away. Raises
-    ``FallowError`` where the recipe, the text or the disk do not allow it, where the folder belongs to another recipe,
-    or where another process trains in it.
+    A run that is there already goes on from its last checkpoint; ``fresh`` begins again and throws it away. Under
+    torchrun all processes call this and train together; the first one reports. Raises ``FallowError`` where the recipe,
+    the text or the disk do not allow it, where the folder belongs to another recipe, where another run is in it, or
+    where one of the processes fails.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
-    folder = Path(out) if out is not None else Path("runs") / recipe.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked_or_refused(folder / ".lock", f"Another process trains in {folder}: wait for it, or use --out."):
-            return _train(recipe, folder, fresh=fresh, on_step=on_step, on_note=on_note, progress=progress)
-    except OSError as error:
-        raise FallowError(f"{folder} cannot be written ({error.strerror or error}): use another folder.") from error
+    with joined() as processes:
+        recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe), overrides)
+        folder = Path(out) if out is not None else Path("runs") / recipe.name
+        if not processes.is_first:
+            on_step, on_note, progress = (lambda report: None), (lambda text: None), None
+        try:
+            with processes.led(_opened(folder, recipe, fresh=fresh)):
+                return _train(recipe, folder, processes, on_step=on_step, on_note=on_note, progress=progress)
+        except OSError as error:
+            raise FallowError(f"{folder} cannot be written ({error.strerror or error}): use another folder.") from error
 
 
 def _train(
     recipe: Recipe,
     folder: Path,
+    processes: Processes,
     *,
-    fresh: bool,
     on_step: Callable[[StepReport], None],
     on_note: Callable[[str], None],
     progress: Progress | None,
 ) -> TrainResult:
-    if fresh:
-        for name in ("checkpoints", "tensorboard", "model"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    _claim(folder, recipe)
-    corpus = open_corpus(recipe, progress)
+    processes.require_same("The recipe", recipe.model_dump_json())
+    processes.require_shared(folder)
+    corpus = processes.in_turn(lambda: open_corpus(recipe, progress))
+    processes.require_same("The text or its tokenizer", corpus.digest)
     decoder = new_decoder(recipe, corpus.tokenizer)
-    trainer = Trainer(recipe, decoder, corpus, folder, on_note=on_note)
+    trainer = Trainer(recipe, decoder, corpus, folder, processes=processes, on_note=on_note)
     if trainer.resume():
         on_note(f"Going on from step {trainer.state.step} of {trainer.steps}.")
-    with Journal(folder, step=trainer.state.step, tensorboard=recipe.report.tensorboard) as journal:
+    begin, curves = trainer.state.step, recipe.report.tensorboard
+    with Journal(folder, step=begin, tensorboard=curves) if processes.is_first else nullcontext() as journal:
 
         def report(step: StepReport) -> None:
-            journal.write(step)
+            if journal is not None:
+                journal.write(step)
             on_step(step)
 
         validation = trainer.run(report)
     model = folder / "model"
     if trainer.stopped is None:
-        export_model(decoder.config, trainer.weights(), corpus.tokenizer, model)
+        weights = trainer.weights()
+        processes.on_first(lambda: export_model(decoder.config, weights, corpus.tokenizer, model))
     return TrainResult(
         folder=folder,
         step=trainer.state.step,
@@ -103,6 +112,18 @@ def _train(
         model=model if trainer.stopped is None else None,
         stopped=trainer.stopped,
     )
+
+
+@contextmanager
+def _opened(folder: Path, recipe: Recipe, *, fresh: bool) -> Iterator[None]:
+    """The folder is this run's alone while the block runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked_or_refused(folder / ".lock", f"Another process trains in {folder}: wait for it, or use --out."):
+        if fresh:
+            for name in ("checkpoints", "tensorboard", "model"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        _claim(folder, recipe)
+        yield
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
