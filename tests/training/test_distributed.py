@@ -76,8 +76,10 @@ def test_two_processes_with_adamw_have_the_curve_and_the_weights_of_one(recipe_f
         "model.residual_mixes=true",
         "train.ema=0.9",
         "train.micro_batch=3",
+        "report.sample_every=10",
+        "report.sample_prompt=the",
+        "report.tensorboard=false",
     ]
-    options += ["report.sample_every=10", "report.sample_prompt=the", "report.tensorboard=false"]
     train(load_recipe(recipe_file, options), out=tmp_path / "one")
     sets = [word for option in options for word in ("--set", option)]
     done = torchrun(2, "-m", "fallow", "train", recipe_file, "--out", tmp_path / "two", "--json", *sets)
@@ -133,7 +135,7 @@ def test_a_process_that_is_killed_ends_all_with_one_sentence(recipe_file: Path, 
     done = torchrun(2, script, "train", recipe_file, "--out", tmp_path / "run")
     assert done.returncode == 1
     (sentence,) = own_sentences(done)
-    assert "lost the others" in sentence
+    assert "lost another one" in sentence
     done = torchrun(2, "-m", "fallow", "train", recipe_file, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert re.search(r"Going on from step 1[05] of 30\.", done.stderr)

@@ -308,7 +308,11 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after the step; a second one at once. Only the main thread can listen."""
+        """SIGTERM and SIGINT end the run after the step; a second one at once. Only the main thread can listen.
+
+        Where one of several processes fails, torchrun sends SIGTERM to the others: they do not listen to it then, since
+        one of them may be about to say why it ends.
+        """
 
         def stop(number: int, frame: object) -> None:
             if self._signal:
@@ -322,6 +326,10 @@ class Trainer:
             before = {}
         try:
             yield
+        except Exception:
+            if before and self.processes.count > 1:
+                before[signal.SIGTERM] = signal.SIG_IGN
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -7,6 +7,7 @@ between them (a clock, a signal, what is on a disk) is decided by all or by the 
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -188,8 +189,8 @@ def joined() -> Iterator[Processes]:
             raise EndedElsewhereError("Another process of this run failed and says why.") from error
         if _is_lost_connection(error):
             raise FallowError(
-                f"Process {rank} lost the others ({_line(error)}), one of which was killed or has lost its network: "
-                "the same command goes on from the last checkpoint."
+                f"Process {rank} lost another one, which was killed or has lost its network ({_line(error)}): the same "
+                "command goes on from the last checkpoint."
             ) from error
         raise
     dist.destroy_process_group()
@@ -234,4 +235,6 @@ def _is_lost_connection(error: Exception) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:200]
+    """The first sentence of a message, without the place in the source that stands before it."""
+    text = re.sub(r"^\[[^\]]*\] ", "", " ".join(str(error).split()))
+    return text.partition(". ")[0].rstrip(".")[:200]
