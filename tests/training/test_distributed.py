@@ -188,6 +188,74 @@ def test_two_hosts_train_together(recipe_file: Path, tmp_path: Path):
     assert losses(tmp_path / "run") == pytest.approx(losses(whole.folder), rel=1e-2)
 
 
+# Each line that a process prints begins with its number.
+TOLD = """
+import resource, signal, sys
+from contextlib import contextmanager
+from pathlib import Path
+import torch
+from fallow.errors import FallowError
+from fallow.training.checkpoints import Checkpoints
+from fallow.training.processes import joined
+folder = Path(sys.argv[1])
+def said(call):
+    try:
+        return call()
+    except FallowError as error:
+        return str(error)
+def fails():
+    raise FallowError("It cannot be.")
+def enters(block):
+    with processes.led(block):
+        return "entered"
+@contextmanager
+def closed():
+    fails()
+    yield
+with joined() as processes:
+    def say(what):
+        print(f"{processes.rank} {what}\\n", end="", flush=True)
+    say(said(lambda: processes.on_first(fails)))
+    say(said(lambda: processes.in_turn(fails)))
+    say(said(lambda: enters(closed())))
+    say(processes.in_turn(lambda: (folder / "made").exists() or (folder / "made").touch()))
+    say(processes.total(processes.rank + 1))
+    say(said(lambda: processes.require_same("The text", "same")))
+    say(said(lambda: processes.require_same("The text", str(processes.rank))))
+    own = folder / str(processes.rank)
+    own.mkdir()
+    say(said(lambda: processes.require_shared(folder)))
+    say(said(lambda: processes.require_shared(own)))
+    checkpoints = Checkpoints(folder / "checkpoints", 2, processes)
+    checkpoints.save(1, {"w": torch.ones(8)}, {})
+    checkpoints.wait()
+    if processes.rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    checkpoints.save(2, {str(processes.rank): torch.ones(1 << 20)}, {})
+    say(said(checkpoints.wait))
+    say([checkpoints.latest().step, *checkpoints.steps()])
+"""
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_do_all_are_told(tmp_path: Path):
+    script = tmp_path / "told.py"
+    script.write_text(TOLD)
+    done = torchrun(2, script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = ([line[2:] for line in done.stdout.splitlines() if line[0] == rank] for rank in "01")
+    assert first[:3] == second[:3] == ["It cannot be."] * 3
+    assert (first[3], second[3]) == ("None", "True"), "the second finds what the first made"
+    assert first[4:6] == second[4:6] == ["3", "None"]
+    assert (first[6], first[9:]) == (second[6], second[9:])
+    assert first[6].startswith("The text of process 1 (on ")
+    assert (first[7], second[7]) == ("None", "None")
+    assert second[8].startswith(f"{tmp_path / '1'} of process 1 (on ")
+    assert first[9].startswith(f"A checkpoint cannot be written to {tmp_path / 'checkpoints'}: File too large")
+    assert first[10] == "[1, 1]"
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("masked", [False, True])
 def test_shares_have_one_size_and_count_every_target_once(count: int, masked: bool):

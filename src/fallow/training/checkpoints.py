@@ -19,8 +19,11 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from fallow.errors import FallowError
 from fallow.files import replacing_folder, write_json
@@ -113,7 +116,7 @@ class Checkpoints:
         processes = self._processes.background
         try:
             with processes.led(replacing_folder(self._place(step))) as partial:
-                writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+                writer = _Writer(partial, single_file_per_rank=True, sync_files=True)
                 alone = processes.group is None
                 save(tensors, storage_writer=writer, process_group=processes.group, no_dist=alone)
                 processes.on_first(lambda: _seal(partial, run))
@@ -136,6 +139,16 @@ class Checkpoints:
 
     def _place(self, step: int) -> Path:
         return self.folder / f"{_PREFIX}{step:08d}"
+
+
+class _Writer(FileSystemWriter):
+    """Errors go to the other processes without what caused them: so the system's own goes, where it is the cause."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise _system_error(error) or error from None
 
 
 def _copied(value: Any) -> Any:
@@ -176,9 +189,15 @@ def _reason(error: BaseException) -> str:
     """The system's word for what went wrong where there is one, else what was said, in one line."""
     if isinstance(error, CheckpointException):  # what went wrong in each process
         error = next(iter(error.failures.values()))[0]
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError) and found.strerror:
-            return found.strerror
-        found = found.__cause__ or found.__context__
+    system = _system_error(error)
+    if system is not None:
+        return str(system.strerror)
     return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """The one that an error comes from."""
+    found: BaseException | None = error
+    while found is not None and not (isinstance(found, OSError) and found.strerror):
+        found = found.__cause__ or found.__context__
+    return found
