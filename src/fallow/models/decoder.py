@@ -154,6 +154,11 @@ class Decoder(nn.Module):
                     parameter.normal_(0.0, std, generator=generator)
 
     @property
+    def down_projections(self) -> list[Linear]:
+        """Of each layer: what the neurons of its feed-forward network go into, where hooks see them."""
+        return [layer.down_proj for layer in self.layers if isinstance(layer, Layer)]
+
+    @property
     def head(self) -> Tensor:
         """The matrix of the logits, ``[vocab, hidden]``."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight

@@ -20,12 +20,14 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from fallow.errors import FallowError
 from fallow.meter.energy import EnergyMeter
 from fallow.models.decoder import Decoder
+from fallow.training.activity import Activity, measure_activity
 from fallow.training.checkpoints import Checkpoint, Checkpoints
 from fallow.training.corpus import Corpus
 from fallow.training.ema import WeightAverage
 from fallow.training.flops import flops_per_token, peak_flops
 from fallow.training.optimizers.build import build_optimizers
 from fallow.training.recipe import Recipe
+from fallow.training.rest import RestPenalty
 from fallow.training.sample import greedy_tokens
 from fallow.training.schedule import BatchSize, LearningRate
 from fallow.training.step import Step
@@ -38,7 +40,8 @@ _MOST_ROLLBACKS = 3
 @dataclass(frozen=True)
 class StepReport:
     """One step. ``loss`` in nats a token, ``bits_per_byte`` of the batch by the corpus's bytes a token, ``seconds``
-    since the run began (all its sessions), ``joules`` of this step, ``validation`` and ``sample`` where it was due."""
+    since the run began (all its sessions), ``joules`` of this step; ``validation``, ``activity`` and ``sample`` where
+    they were due."""
 
     step: int
     steps: int
@@ -52,16 +55,21 @@ class StepReport:
     joules: float
     seconds: float
     validation: Validation | None = None
+    activity: Activity | None = None
     sample: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        values = {name: value for name, value in self.__dict__.items() if name not in ("validation", "sample")}
+        values = {
+            name: value for name, value in self.__dict__.items() if name not in ("validation", "activity", "sample")
+        }
         if self.validation is not None:
             values["validation"] = {
                 "loss": self.validation.loss,
                 "bits_per_byte": self.validation.bits_per_byte,
                 "tokens": self.validation.tokens,
             }
+        if self.activity is not None:
+            values["activity"] = self.activity.to_json()
         return values | ({"sample": self.sample} if self.sample is not None else {})
 
 
@@ -104,12 +112,14 @@ class Trainer:
             self.steps,
             warmup=round(train.warmup_share * self.steps),
             decay=round(train.decay_share * self.steps),
+            final=train.final_share,
         )
         self.average = WeightAverage(decoder, train.ema) if train.ema is not None else None
         self.checkpoints = Checkpoints(folder / "checkpoints", recipe.report.keep_checkpoints)
         self.state = RunState()
         self._watch = LossWatch()
         self._step = Step(decoder, micro_batch=train.micro_batch, clip=train.clip or None)
+        self._rest = RestPenalty(decoder, recipe.rest, self.steps) if recipe.rest.l1 else None
         self._meter = EnergyMeter()
         self._flops = flops_per_token(decoder, recipe.data.context)
         self._peak = peak_flops(decoder.compute)
@@ -168,6 +178,11 @@ class Trainer:
                 batch=self.recipe.train.micro_batch or self.recipe.train.batch,
             )
 
+    def measure_activity(self) -> Activity:
+        """Which feed-forward neurons work, on the validation text, with the averaged weights where there are some."""
+        with self._evaluated_weights():
+            return measure_activity(self.decoder, self.corpus.valid, self.recipe.report.activity_tokens)
+
     def weights(self) -> dict[str, torch.Tensor]:
         """What is exported: the averaged weights where there are some."""
         if self.average is not None:
@@ -179,6 +194,8 @@ class Trainer:
         before = self._meter.reading([os.getpid()])
         size = self.batches.at(state.step)
         batch = self.corpus.train.batch(self.batches.before(state.step) + state.skipped, size)
+        if self._rest is not None:
+            self._rest.prepare(state.step, batch.inputs.size)
         loss, norm = self._step.gradients(batch)
         complaint = self._watch.complaint(loss, norm)
         if complaint is not None:
@@ -220,6 +237,7 @@ class Trainer:
                 joules=used.joules,
                 seconds=state.seconds,
                 validation=validation,
+                activity=self.measure_activity() if due and report.activity_tokens else None,
                 sample=self._sample() if sampled else None,
             )
         )

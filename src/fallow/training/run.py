@@ -11,6 +11,7 @@ from pathlib import Path
 from fallow.errors import FallowError
 from fallow.files import locked_or_refused, write_json
 from fallow.terminal import Progress
+from fallow.training.activity import Activity
 from fallow.training.corpus import open_corpus
 from fallow.training.export import export_model
 from fallow.training.journal import Journal
@@ -19,12 +20,13 @@ from fallow.training.model import new_decoder
 from fallow.training.recipe import Recipe, load_recipe
 from fallow.training.validation import Validation
 
-_RECIPE = "recipe.json"
+_RECIPE, _ACTIVITY = "recipe.json", "activity.json"
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """``folder`` is the run's, ``model`` the exported one, None where a signal (``stopped``) ended the run early."""
+    """``folder`` is the run's, ``model`` the exported one, None where a signal (``stopped``) ended the run early;
+    ``activity`` is there where the recipe's report asks for it."""
 
     folder: Path
     step: int
@@ -34,6 +36,7 @@ class TrainResult:
     joules: float
     energy_source: str
     validation: Validation | None
+    activity: Activity | None
     model: Path | None
     stopped: int | None
 
@@ -89,7 +92,11 @@ def _train(
 
         validation = trainer.run(report)
     model = folder / "model"
+    activity = None
     if trainer.stopped is None:
+        if recipe.report.activity_tokens:
+            activity = trainer.measure_activity()
+            write_json(folder / _ACTIVITY, activity.to_json())
         export_model(decoder.config, trainer.weights(), corpus.tokenizer, model)
     return TrainResult(
         folder=folder,
@@ -100,6 +107,7 @@ def _train(
         joules=trainer.state.joules,
         energy_source=trainer.energy_source,
         validation=validation,
+        activity=activity,
         model=model if trainer.stopped is None else None,
         stopped=trainer.stopped,
     )
