@@ -31,6 +31,7 @@ class ModelRecipe(_Section):
     residual_mixes: bool = False
     zero_outputs: bool = False
     logit_softcap: float | None = Field(None, gt=0)
+    active_share: float | None = Field(None, gt=0, lt=1)  # of the neurons for a token, by statistical top-k
     tie_embeddings: bool = True
     rope_theta: float = Field(10_000.0, gt=1)
 
