@@ -15,7 +15,6 @@ from fallow.training.loss import cross_entropy
 from fallow.training.recipe import RestRecipe, load_recipe
 from fallow.training.rest import RestPenalty
 from fallow.training.run import train
-from fallow.training.step import Step
 
 VOCAB = 40
 
@@ -54,12 +53,22 @@ def gradients(model: Decoder) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def loss_of(model: Decoder, data: Batch, part: slice) -> Tensor:
+    """Of a part of the batch: its share of the mean."""
+    hidden = model(torch.from_numpy(data.inputs[part]))
+    targets = torch.from_numpy(data.targets[part]).flatten()
+    return cross_entropy(hidden.flatten(0, 1), model.head, targets) / data.targets.size
+
+
 def penalised(model: Decoder, *, l1: float = 0.3, micro_batch: int | None = None) -> tuple[float, dict[str, Tensor]]:
     penalty = RestPenalty(model, RestRecipe(l1=l1, full_share=0.0), steps=10)
     data = batch()
     penalty.prepare(5, data.inputs.size)
-    loss, _ = Step(model, micro_batch=micro_batch, clip=None).gradients(data)
-    return loss, gradients(model)
+    size = micro_batch or len(data.inputs)
+    losses = [loss_of(model, data, slice(first, first + size)) for first in range(0, len(data.inputs), size)]
+    for loss in losses:
+        loss.backward()
+    return float(sum(losses)), gradients(model)
 
 
 def written_out(l1: float = 0.3) -> tuple[float, dict[str, Tensor]]:
@@ -68,9 +77,7 @@ def written_out(l1: float = 0.3) -> tuple[float, dict[str, Tensor]]:
     sums: list[Tensor] = []
     for projection in model.down_projections:
         projection.register_forward_pre_hook(lambda _, arguments: sums.append(arguments[0].abs().sum(-1).mean()))
-    hidden = model(torch.from_numpy(data.inputs))
-    targets = torch.from_numpy(data.targets)
-    loss = cross_entropy(hidden.flatten(0, 1), model.head, targets.flatten()) / targets.numel()
+    loss = loss_of(model, data, slice(None))
     (loss + l1 * torch.stack(sums).mean()).backward()
     return float(loss.detach()), gradients(model)
 

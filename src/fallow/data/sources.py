@@ -229,8 +229,7 @@ def _is_message(message: object) -> bool:
 
 
 def _from_hub(name: str, pattern: str) -> Path:
-    """A folder with the dataset's text files that match, downloaded where they are not in the hub client's cache yet.
-    """
+    """A folder with the dataset's text files that match, fetched where they are not in the hub client's cache yet."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415  slow, and most sources are on this machine
 
     known = [f"*{suffix}{end}" for suffix in (".txt", *_RECORD_SUFFIXES) for end in ("", ".gz")]

@@ -195,7 +195,7 @@ class Trainer:
         size = self.batches.at(state.step)
         batch = self.corpus.train.batch(self.batches.before(state.step) + state.skipped, size)
         if self._rest is not None:
-            self._rest.prepare(state.step, batch.inputs.size)
+            self._rest.prepare(state.step, size * recipe.data.context)
         loss, norm = self._step.gradients(batch)
         complaint = self._watch.complaint(loss, norm)
         if complaint is not None:
