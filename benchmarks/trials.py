@@ -76,4 +76,5 @@ def _run(recipe: Recipe, folder: Path) -> dict[str, Any]:
         "tokens_per_s": statistics.median(report.tokens_per_s for report in reports),
         "seconds": trainer.state.seconds,
     }
-    return facts | ({"activity": trainer.measure_activity().to_json()} if recipe.report.activity_tokens else {})
+    activity = trainer.activity()
+    return facts if activity is None else facts | {"activity": activity.to_json()}

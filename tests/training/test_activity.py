@@ -62,6 +62,14 @@ def test_counts_are_those_of_counting_one_by_one(recipe_file: Path) -> None:
     assert found.resting == pytest.approx(1 - total / (192 * 2 * 64))
 
 
+def test_windows_that_are_shorter_than_a_group_have_none(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, [*COUNTED, "data.context=20"])
+    corpus = open_corpus(recipe)
+    (layer, _) = measure_activity(new_decoder(recipe, corpus.tokenizer), corpus.valid, 40).layers
+    assert layer.union_32 is None
+    assert layer.mean < layer.union_8 <= 64
+
+
 def test_it_leaves_the_decoder_as_it_was(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, COUNTED)
     corpus = open_corpus(recipe)

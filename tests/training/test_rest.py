@@ -68,7 +68,7 @@ def penalised(model: Decoder, *, l1: float = 0.3, micro_batch: int | None = None
     losses = [loss_of(model, data, slice(first, first + size)) for first in range(0, len(data.inputs), size)]
     for loss in losses:
         loss.backward()
-    return float(sum(losses)), gradients(model)
+    return sum(float(loss.detach()) for loss in losses), gradients(model)
 
 
 def written_out(l1: float = 0.3) -> tuple[float, dict[str, Tensor]]:

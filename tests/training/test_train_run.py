@@ -170,6 +170,7 @@ def test_two_processes_do_not_train_in_one_folder(recipe_file: Path, tmp_path: P
         ("model.key_value_heads=4", "key_value_heads"),
         ("model.value_embedding_layers=[2]", "value_embedding_layers"),
         ("model.activation=relu2 model.active_share=0.1", "relu2 has none"),
+        ("rest.l1=0.1", "those of silu never are"),
         ("data.context=100000", "fewer than one window"),
         ("data.train=/nowhere", "/nowhere"),
         ("data.vocab_size=50000", "too little text"),

@@ -19,13 +19,14 @@ _BATCH = 8  # windows at once
 @dataclass(frozen=True)
 class LayerActivity:
     """Of one layer's ``neurons``: how many work for a token (``mean``, and ``p99``, its 99th percentile over tokens),
-    how many for any of 8 and of 32 consecutive tokens, on average, and how many for none (``dead``)."""
+    how many for any of 8 and of 32 consecutive tokens, on average (None: windows are shorter), and how many for none
+    (``dead``)."""
 
     neurons: int
     mean: float
     p99: float
-    union_8: float
-    union_32: float
+    union_8: float | None
+    union_32: float | None
     dead: int
 
 
@@ -58,7 +59,7 @@ class _Counter:
         active = arguments[0] != 0
         self.per_token.append(active.sum(-1).flatten().cpu())
         for size, counts in self.unions.items():
-            whole = active.shape[1] // size * size  # a window that is shorter than a group has none
+            whole = active.shape[1] // size * size
             groups = active[:, :whole].reshape(len(active), -1, size, active.shape[2]).any(2)  # [batch, groups, ...]
             counts.append(groups.sum(-1).flatten().cpu())
         now = active.flatten(0, 1).any(0)
@@ -67,7 +68,8 @@ class _Counter:
     def result(self) -> LayerActivity:
         assert self.ever is not None, "a layer has seen some tokens"
         per_token = torch.cat(self.per_token).double()
-        union_8, union_32 = (float(torch.cat(counts).double().mean()) for counts in self.unions.values())
+        unions = (torch.cat(counts).double() for counts in self.unions.values())
+        union_8, union_32 = (float(counts.mean()) if len(counts) else None for counts in unions)
         return LayerActivity(
             neurons=len(self.ever),
             mean=float(per_token.mean()),

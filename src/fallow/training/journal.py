@@ -37,8 +37,9 @@ class Journal:
             self._curves.add_scalar("activity/resting", report.activity.resting, report.step)
             for index, layer in enumerate(report.activity.layers):
                 for name in ("mean", "p99", "union_8", "union_32", "dead"):
-                    share = getattr(layer, name) / layer.neurons
-                    self._curves.add_scalar(f"activity_{name}/layer_{index}", share, report.step)
+                    count = getattr(layer, name)
+                    if count is not None:
+                        self._curves.add_scalar(f"activity_{name}/layer_{index}", count / layer.neurons, report.step)
         if report.sample is not None:
             self._curves.add_text("sample", report.sample, report.step)
 

@@ -125,6 +125,7 @@ class Trainer:
         self._peak = peak_flops(decoder.compute)
         self._stopped_by: int | None = None
         self._last_validation: Validation | None = None  # of the step that was just taken
+        self._last_activity: Activity | None = None
         if train.checkpoint_activations:
             decoder.checkpoint_layers = True
         if train.compile:
@@ -178,6 +179,12 @@ class Trainer:
                 batch=self.recipe.train.micro_batch or self.recipe.train.batch,
             )
 
+    def activity(self) -> Activity | None:
+        """Which neurons work at the end of the run; None where the recipe's report does not ask for it."""
+        if not self.recipe.report.activity_tokens:
+            return None
+        return self._last_activity or self.measure_activity()
+
     def measure_activity(self) -> Activity:
         """Which feed-forward neurons work, on the validation text, with the averaged weights where there are some."""
         with self._evaluated_weights():
@@ -220,6 +227,7 @@ class Trainer:
         due = report.evaluate_every and (state.step % report.evaluate_every == 0 or last)
         validation = self.validate() if due else None
         self._last_validation = validation
+        self._last_activity = self.measure_activity() if due and report.activity_tokens else None
         if validation is not None:
             state.validation = validation.bits_per_byte
         sampled = report.sample_every and (state.step % report.sample_every == 0 or last)
@@ -237,7 +245,7 @@ class Trainer:
                 joules=used.joules,
                 seconds=state.seconds,
                 validation=validation,
-                activity=self.measure_activity() if due and report.activity_tokens else None,
+                activity=self._last_activity,
                 sample=self._sample() if sampled else None,
             )
         )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fallow.errors import FallowError
 from fallow.models.decoder import Decoder
 from fallow.training.recipe import RestRecipe
 
@@ -20,6 +21,13 @@ class RestPenalty:
     (Cetin et al., arXiv 2603.23198, whose penalty is on the same product); the factor rises with the steps."""
 
     def __init__(self, decoder: Decoder, recipe: RestRecipe, steps: int) -> None:
+        """Raises ``FallowError`` where no neuron of the decoder can be zero."""
+        config = decoder.config
+        if config.hidden_act not in ("relu", "relu2") and config.gate_quantile is None:
+            raise FallowError(
+                f"rest.l1 lets neurons come to rest at zero, where those of {config.hidden_act} never are: "
+                "use the activation reglu or relu2, or model.active_share."
+            )
         self.recipe, self.steps = recipe, steps
         self.layers = len(decoder.layers)
         self._force = torch.zeros((), device=decoder.head.device)  # on each neuron of each token

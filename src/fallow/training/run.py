@@ -94,8 +94,8 @@ def _train(
     model = folder / "model"
     activity = None
     if trainer.stopped is None:
-        if recipe.report.activity_tokens:
-            activity = trainer.measure_activity()
+        activity = trainer.activity()
+        if activity is not None:
             write_json(folder / _ACTIVITY, activity.to_json())
         export_model(decoder.config, trainer.weights(), corpus.tokenizer, model)
     return TrainResult(
