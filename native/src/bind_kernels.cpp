@@ -89,6 +89,14 @@ NumpyFloats soft_cap(const std::string& isa, const Matrix& x, float cap) {
   return owned<float>(std::move(values), {x.shape(0), x.shape(1)});
 }
 
+NumpyFloats above_threshold(const std::string& isa, const Matrix& x, float quantile) {
+  std::vector<float> values(x.data(), x.data() + x.size());
+  for (size_t r = 0; r < x.shape(0); ++r) {
+    kernels_of(isa).above_threshold(values.data() + r * x.shape(1), static_cast<int>(x.shape(1)), quantile);
+  }
+  return owned<float>(std::move(values), {x.shape(0), x.shape(1)});
+}
+
 // Rotates and caches `qkv` [tokens][(heads + 2 kv_heads) * head_dim] in pages that are in no order, then attends with
 // the last `queries` tokens. Garbage (NaN) fills what is not written.
 NumpyFloats attention(const std::string& isa, const Matrix& qkv, const Matrix& table, int num_heads, int num_kv_heads, int head_dim, int rotary_dim,
@@ -152,6 +160,7 @@ void bind_kernels(nb::module_& m) {
   m.def("gate", &gate, "isa"_a, "gate"_a, "up"_a, nb::kw_only(), "activation"_a);
   m.def("mix", &mix, "isa"_a, "x"_a, "first"_a, nb::kw_only(), "keep"_a, "again"_a);
   m.def("soft_cap", &soft_cap, "isa"_a, "x"_a, "cap"_a);
+  m.def("above_threshold", &above_threshold, "isa"_a, "x"_a, "quantile"_a);
   m.def("attention", &attention, "isa"_a, "qkv"_a, "table"_a, nb::kw_only(), "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "rotary_dim"_a,
         "queries"_a, "window"_a, "scale"_a);
   m.def(

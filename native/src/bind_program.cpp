@@ -109,6 +109,7 @@ void bind_program(nb::module_& m) {
           "mix", [](Program& p, int x, int first, int out, float keep, float again) { p.add(op::Mix{x, first, out, keep, again}); }, "x"_a,
           "first"_a, "out"_a, nb::kw_only(), "keep"_a, "again"_a)
       .def("soft_cap", [](Program& p, int x, float cap) { p.add(op::SoftCap{x, cap}); }, "x"_a, "cap"_a)
+      .def("above_threshold", [](Program& p, int x, float quantile) { p.add(op::AboveThreshold{x, quantile}); }, "x"_a, "quantile"_a)
       .def("gather", [](Program& p, int x, int out) { p.add(op::Gather{x, out}); }, "x"_a, "out"_a)
       .def("finish", &Program::finish, "logits"_a)
       .def(

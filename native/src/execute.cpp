@@ -203,6 +203,10 @@ void Program::execute(const op::SoftCap& o, int, int, const Part& part) {
   for (int r = part.begin; r < part.end; ++r) kernels_.soft_cap(row(o.x, r, part) + begin, end - begin, o.cap);
 }
 
+void Program::execute(const op::AboveThreshold& o, int, int, const Part& part) {
+  for (int r = part.begin; r < part.end; ++r) kernels_.above_threshold(row(o.x, r, part), buffers_[o.x].width, o.quantile);
+}
+
 void Program::execute(const op::Gather& o, int, int, const Part& part) {
   for (int r = part.begin; r < part.end; ++r) std::memcpy(row(o.out, r, part), row(o.x, step_.logit_rows[r], part), sizeof(float) * buffers_[o.x].width);
 }

@@ -6,13 +6,15 @@
 #include "kernels/linear.h"
 #include "kernels/normalise.h"
 #include "kernels/rope.h"
+#include "kernels/threshold.h"
 
 namespace fallow {
 
 template <class S>
 constexpr Kernels make_kernels() {
   return {S::name,          kernels::linear<S>,   kernels::quantise<S>, kernels::rms_norm<S>,  kernels::add<S>,   kernels::gate<S>,
-          kernels::mix<S>,  kernels::soft_cap<S>, kernels::rope<S>,     kernels::attention<S>, kernels::merge<S>, kernels::finish<S>};
+          kernels::mix<S>,  kernels::soft_cap<S>, kernels::above_threshold<S>, kernels::rope<S>, kernels::attention<S>, kernels::merge<S>,
+          kernels::finish<S>};
 }
 
 }  // namespace fallow

@@ -115,6 +115,8 @@ struct Kernels {
   void (*mix)(const float* x, float keep, const float* first, float again, float* out, int width);
   // Whole vectors of sixteen: what follows the last value in a padded row is changed too.
   void (*soft_cap)(float* x, int width, float cap);
+  // A row's values less its mean and `quantile` standard deviations, zero where that is negative.
+  void (*above_threshold)(float* x, int width, float quantile);
   void (*rope)(const RopeTask&);
   // Attention of all queries of the task to one segment of their keys. Query (row, head of the group) is number
   // row * group + head: its partial and its values [padded_dim]. scratch: attention_scratch_floats floats.

@@ -167,6 +167,10 @@ void Program::finish(int logits_buffer) {
               use(buffer_kind, o.x);
               require(o.cap > 0.f && std::isfinite(o.cap), "soft cap: the cap must be positive");
             },
+            [&](const op::AboveThreshold& o) {
+              use(buffer_kind, o.x);
+              require(std::isfinite(o.quantile), "above threshold: the quantile must be finite");
+            },
             [&](const op::Gather& o) {
               require(width(o.out) >= width(o.x) && buffer_kind.at(o.x) == 0, "gather: from a buffer of all rows, into one as wide");
               kind = 1;
@@ -252,6 +256,7 @@ void Program::find_runs() {
                    [&](const op::Gate& o) { reads(o.gate), reads(o.up), writes(o.out); },
                    [&](const op::Mix& o) { reads(o.x), reads(o.first), writes(o.out); },
                    [&](const op::SoftCap& o) { reads(o.x); },
+                   [&](const op::AboveThreshold& o) { reads(o.x); },
                    [&](const op::Gather& o) { leaves_run(o.x), leaves_run(o.out), alone = true; },
                },
                operations_[i]);

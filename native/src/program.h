@@ -71,13 +71,17 @@ struct SoftCap {  // x = cap * tanh(x / cap)
   int x;
   float cap;
 };
+struct AboveThreshold {  // x = max(x - mean - quantile * standard deviation, 0), both of the row
+  int x;
+  float quantile;
+};
 struct Gather {  // rows of logit_rows
   int x, out;
 };
 }  // namespace op
 
 using Operation = std::variant<op::Embed, op::Norm, op::NormQuantise, op::Quantise, op::Linear, op::Rope, op::Attention,
-                               op::Add, op::Gate, op::Mix, op::SoftCap, op::Gather>;
+                               op::Add, op::Gate, op::Mix, op::SoftCap, op::AboveThreshold, op::Gather>;
 
 struct Limits {
   int max_tokens, max_sequences, max_logit_rows, num_pages, max_positions;
@@ -188,6 +192,7 @@ class Program {
   void execute(const op::Gate&, int index, int thread, const Part&);
   void execute(const op::Mix&, int index, int thread, const Part&);
   void execute(const op::SoftCap&, int index, int thread, const Part&);
+  void execute(const op::AboveThreshold&, int index, int thread, const Part&);
   void execute(const op::Gather&, int index, int thread, const Part&);
 
   void attend(const op::Attention&, const AttentionItem&, ThreadScratch&);

@@ -171,6 +171,26 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert texts("owner/books") == ['{"text": "one"}']  # a file of that name is meant first
 
 
+def test_some_files_of_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    (tmp_path / "en").mkdir()
+    for name in ("en/train.00", "en/train.01", "en/valid.00", "de"):  # the cache may hold more than was asked for
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}')
+    asked: list[list[str]] = []
+
+    def snapshot_download(name: str, *, repo_type: str, allow_patterns: list[str]) -> str:
+        asked.append([name, *allow_patterns])
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    assert texts("owner/books/en/train.0*") == ["en/train.00", "en/train.01"]
+    assert asked == [["owner/books", "en/train.0*"]]
+    with pytest.raises(FallowError, match=r"owner/books has no file of text that matches fr/\*"):
+        open_source("owner/books/fr/*")
+
+
 def test_no_network_is_one_sentence(tmp_path: Path) -> None:
     code = (
         "from fallow.data.sources import open_source; from fallow.errors import FallowError\n"

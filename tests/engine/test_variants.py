@@ -48,6 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "geglu": {"hidden_act": "gelu_pytorch_tanh"},
     "reglu": {"hidden_act": "relu"},
     "relu2": {"hidden_act": "relu2", "gated_mlp": False},
+    "top_k": {"hidden_act": "relu", "active_share": 0.1},
+    "top_k_of_geglu": {"hidden_act": "gelu_pytorch_tanh", "active_share": 0.3},
     "value_embeddings": {"value_embedding_layers": [0, 2]},
     "residual_mixes": {"residual_mixes": True},
     "logit_softcap": {"logit_softcap": 2.0},
@@ -145,7 +147,7 @@ def test_logits_match_the_decoder(variant: str, precision: Precision, isa: str, 
         assert np.abs(result).max() < document["logit_softcap"] * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("variant", ["swiglu", "reglu", "value_embeddings", "residual_mixes", "logit_softcap"])
+@pytest.mark.parametrize("variant", ["swiglu", "reglu", "top_k", "value_embeddings", "residual_mixes", "logit_softcap"])
 def test_a_variant_left_out_is_no_small_error(variant: str) -> None:
     from fallow.models.decoder import Decoder
 
@@ -157,7 +159,7 @@ def test_a_variant_left_out_is_no_small_error(variant: str) -> None:
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
-@pytest.mark.parametrize("variant", ["reglu", "all", "all_tied"])
+@pytest.mark.parametrize("variant", ["reglu", "top_k", "all", "all_tied"])
 def test_the_same_bits_with_any_number_of_threads_and_rows(variant: str, precision: Precision, tmp_path: Path) -> None:
     document = SIZES | VARIANTS[variant]
     checkpoint = open_checkpoint(save(random_decoder(document), document, tmp_path))

@@ -121,6 +121,9 @@ def test_variants_of_our_own() -> None:
         changed = read(FALLOW | absent, hidden_act=name, gated_mlp=True)
         assert changed == replace(llama, architecture="fallow", hidden_act=expected)
         assert read(LLAMA, hidden_act=name).hidden_act == expected  # as transformers has it
+    sparse = read(LLAMA, model_type="fallow", active_share=0.1)
+    assert sparse == replace(llama, architecture="fallow", active_share=0.1)
+    assert sparse.gate_quantile == pytest.approx(1.2815515655)
     # What another architecture's file says about variants is not what we mean by them.
     assert read(FALLOW, model_type="llama", hidden_act="silu") == llama
 
@@ -145,6 +148,10 @@ def test_variants_of_our_own() -> None:
         ({"logit_softcap": -15.0}, "logit_softcap"),
         ({"logit_softcap": float("inf")}, "logit_softcap"),
         ({"logit_softcap": True}, "logit_softcap"),
+        ({"active_share": 0.1}, "active_share .* less than 1, with gated_mlp"),
+        ({"active_share": 1, "gated_mlp": True, "hidden_act": "relu"}, "active_share .* less than 1"),
+        ({"active_share": 0.0}, "active_share .* a number above 0, at most 1"),
+        ({"active_share": float("nan")}, "active_share"),
         ({"final_logit_softcapping": 30.0}, "a soft cap on logits"),
         ({"attention_bias": True}, "biases of attention"),
         ({"mlp_bias": True}, "biases of the feed-forward network"),

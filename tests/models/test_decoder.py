@@ -63,3 +63,16 @@ def test_a_soft_cap_bounds_the_logits(tiny_checkpoints: dict[str, Path]):
     logits = decoder.logits(hidden)
     plain = torch.nn.functional.linear(hidden, decoder.head)
     torch.testing.assert_close(logits, 3 * torch.tanh(plain / 3))
+
+
+def test_statistical_top_k_leaves_the_share(tiny_checkpoints: dict[str, Path]):
+    decoder = random_decoder(tiny_checkpoints["llama"], hidden_act="relu", active_share=0.1, intermediate_size=1024)
+    plain = random_decoder(tiny_checkpoints["llama"], hidden_act="relu", intermediate_size=1024)
+    x = torch.randn(2, 30, decoder.config.hidden_size)
+    layer = decoder.layers[0]
+    neurons = layer.neurons(x)
+    assert (neurons != 0).float().mean() == pytest.approx(0.1, abs=0.01)
+    assert (plain.layers[0].neurons(x) != 0).float().mean() == pytest.approx(0.5, abs=0.05)
+    gate = layer.gate_proj(x)
+    threshold = gate.mean(-1, keepdim=True) + 1.2815515655 * gate.std(-1, correction=0, keepdim=True)
+    torch.testing.assert_close(neurons, torch.relu(gate - threshold) * layer.up_proj(x), rtol=1e-4, atol=1e-5)

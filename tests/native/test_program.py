@@ -1,7 +1,9 @@
 """Operations of a program against float64 arithmetic: embeddings at a column, mixes with a buffer that is kept, soft
-caps; for every instruction set, with any number of rows and threads."""
+caps, thresholds; for every instruction set, with any number of rows and threads."""
 
 from __future__ import annotations
+
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -108,6 +110,32 @@ def test_kernels_on_random_shapes(isa: str) -> None:
         for cap in (1e-3, 1.0, 30.0, 1e4):
             capped = cap * np.tanh(x.astype(np.float64) / cap)
             np.testing.assert_allclose(_native.kernels.soft_cap(isa, x, cap), capped, atol=1e-6 * cap)
+        wide = x.astype(np.float64)
+        for quantile in (-1.0, 0.0, 2.0):
+            above = np.maximum(wide - (wide.mean(1) + quantile * wide.std(1))[:, None], 0)
+            np.testing.assert_allclose(_native.kernels.above_threshold(isa, x, quantile), above, atol=3e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("width", "quantile"), [(1, 1.0), (16, -0.5), (31, 0.0), (75, 1.4), (320, 1.28)])
+def test_what_lies_above_a_rows_threshold(isa: str, width: int, quantile: float) -> None:
+    rng = np.random.default_rng(width)
+    table, values = random_table(rng, width)
+    tokens = rng.integers(0, VOCABULARY, 250).astype(np.int32)
+    rows_of = values[tokens].astype(np.float64)
+    threshold = rows_of.mean(1) + quantile * rows_of.std(1)
+    expected = np.maximum(rows_of - threshold[:, None], 0)
+    results = []
+    for threads, rows in [(1, 250), (1, 1), (2, 7), (3, 19), (3, 250)]:
+        program = new_program(isa, threads)
+        x = program.buffer(width)
+        program.embed(program.weights([table], width), x)
+        program.above_threshold(x, quantile)
+        results.append(run(program, tokens[:rows], x, width))
+        np.testing.assert_allclose(results[-1], expected[:rows], atol=3e-6)
+        assert np.array_equal(results[-1], results[0][:rows])
+    if width > 100:
+        assert (results[0] > 0).mean() == pytest.approx(1 - NormalDist().cdf(quantile), abs=0.02)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -118,6 +146,10 @@ def test_what_is_no_number_stays_so(isa: str) -> None:
     ones = np.ones_like(x)
     gated = _native.kernels.gate(isa, x, ones, activation="relu")
     np.testing.assert_array_equal(gated, [[np.inf, 0.0, np.float32(1e30), 0.0, 0.0, np.nan]])
+    for width in (6, 40):
+        row = np.ones((1, width), np.float32)
+        row[0, 3] = np.nan
+        assert np.isnan(_native.kernels.above_threshold(isa, row, 1.0)).all()
 
 
 def test_operations_that_do_not_fit_are_refused() -> None:
@@ -139,6 +171,7 @@ def test_operations_that_do_not_fit_are_refused() -> None:
     refused("mix: buffers differ", lambda p, w, x, wider: p.mix(wider, wider, x, keep=1.0, again=1.0))
     for cap in (0.0, -1.0, float("nan"), float("inf")):
         refused("the cap must be positive", lambda p, w, x, wider, cap=cap: p.soft_cap(x, cap))
+    refused("the quantile must be finite", lambda p, w, x, wider: p.above_threshold(x, float("nan")))
     program = new_program(ISAS[0])
     x = program.buffer(16)
     with pytest.raises(ValueError, match="activation tanh is not known"):

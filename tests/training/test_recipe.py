@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from fallow.errors import FallowError
+from fallow.models.checkpoint import open_checkpoint
+from fallow.training.loop import StepReport
 from fallow.training.recipe import load_recipe
+from fallow.training.run import train
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
@@ -36,6 +39,31 @@ def test_a_mistake_is_a_sentence(recipe_file: Path, override: str, named: str):
         load_recipe(recipe_file, [override])
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["c4-60m", "c4-130m"])
+def test_ten_steps_of_the_c4_recipes(name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Their model but for its vocabulary, their schedule and their optimizers, on a text that is here."""
+    monkeypatch.setenv("FALLOW_HOME", str(text.parent / "home"))
+    small = ["data.vocab_size=320", "train.tokens=5120", "train.batch=2", "train.micro_batch=1", "train.compile=false"]
+    report = ["report.evaluate_every=5", "report.evaluate_tokens=1024", "report.tensorboard=false"]
+    path = next(path for path in RECIPES if path.stem == name)
+    recipe = load_recipe(path, [f"data.train={text}", f"data.valid={text}", *small, *report])
+    steps: list[StepReport] = []
+    result = train(recipe, out=tmp_path / "run", on_step=steps.append)
+    assert [step.step for step in steps] == list(range(1, 11))
+    assert steps[-1].validation.loss < steps[4].validation.loss < 6
+    assert steps[0].lr == pytest.approx(0.5 * 0.001)
+    assert 0.0001 < steps[-1].lr < 0.00011
+    config = open_checkpoint(result.model).config
+    assert config.architecture == "llama"
+    assert (config.hidden_size, config.tie_word_embeddings) == (recipe.model.hidden_size, False)
+
+
+def test_a_recipe_and_its_dense_twin():
+    dense, rest = (load_recipe(path) for path in RECIPES if path.stem in ("books-30m", "rest-30m"))
+    assert rest.rest.l1 > 0 == dense.rest.l1
+    assert rest.model_copy(update={"name": dense.name, "rest": dense.rest}) == dense
 
 
 def test_overrides(recipe_file: Path):

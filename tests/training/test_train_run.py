@@ -169,6 +169,8 @@ def test_two_processes_do_not_train_in_one_folder(recipe_file: Path, tmp_path: P
         ("model.heads=3", "heads"),
         ("model.key_value_heads=4", "key_value_heads"),
         ("model.value_embedding_layers=[2]", "value_embedding_layers"),
+        ("model.activation=relu2 model.active_share=0.1", "relu2 has none"),
+        ("rest.l1=0.1", "those of silu never are"),
         ("data.context=100000", "fewer than one window"),
         ("data.train=/nowhere", "/nowhere"),
         ("data.vocab_size=50000", "too little text"),
@@ -176,7 +178,7 @@ def test_two_processes_do_not_train_in_one_folder(recipe_file: Path, tmp_path: P
 )
 def test_what_cannot_be_trained_is_a_sentence(recipe_file: Path, tmp_path: Path, override: str, named: str):
     with pytest.raises(FallowError, match=named) as error:
-        train(load_recipe(recipe_file, [override]), out=tmp_path / "run")
+        train(load_recipe(recipe_file, override.split()), out=tmp_path / "run")
     assert "\n" not in str(error.value)
 
 
@@ -185,6 +187,7 @@ VARIANTS = {
     "qwen3": [],
     "reglu": ["model.activation=reglu"],
     "relu2": ["model.activation=relu2", "model.logit_softcap=15.0"],
+    "top_k": ["model.activation=reglu", "model.active_share=0.2"],
     "own": [
         "model.value_embedding_layers=[1]",
         "model.residual_mixes=true",

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fallow.cli.options import Json
-from fallow.terminal import note, print_fields, print_json, progress
+from fallow.terminal import note, print_fields, print_json, print_table, progress
 
 if TYPE_CHECKING:
+    from fallow.training.activity import Activity
     from fallow.training.loop import StepReport
     from fallow.training.run import TrainResult
 
@@ -40,7 +41,8 @@ def train(
             if bar is not None:
                 bar(_line(report), report.step, report.steps)
             if report.validation is not None:
-                note(f"step {report.step}: validation {report.validation.bits_per_byte:.4f} bits per byte")
+                resting = f", {report.activity.resting:.1%} of neurons rest" if report.activity is not None else ""
+                note(f"step {report.step}: validation {report.validation.bits_per_byte:.4f} bits per byte{resting}")
             if report.sample is not None:
                 note(f"step {report.step}: {report.sample!r}")
 
@@ -81,8 +83,23 @@ def _conclude(result: TrainResult, json: bool) -> None:
         "model": None if result.model is None else str(result.model),
     }
     if json:
-        print_json({**fields, "final": True})
+        activity = {} if result.activity is None else {"activity": result.activity.to_json()}
+        print_json({**fields, **activity, "final": True})
     else:
         print_fields(fields)
+        if result.activity is not None:
+            _print_activity(result.activity)
     if result.stopped is not None:
         note(f"Stopped at step {result.step} of {result.steps}: the same command goes on from there.")
+
+
+def _print_activity(activity: Activity) -> None:
+    """How many neurons work for a token, and for several, layer by layer."""
+    columns = ("layer", "neurons", "mean", "99th percentile", "of 8 tokens", "of 32 tokens", "dead")
+    layers = activity.layers
+    rows = [
+        (index, layer.neurons, layer.mean, layer.p99, layer.union_8, layer.union_32, layer.dead)
+        for index, layer in enumerate(layers)
+    ]
+    print_table(dict.fromkeys(columns, "right"), rows)
+    note(f"{activity.resting:.2%} of the feed-forward neurons rest for a token, on {activity.tokens:,} tokens.")

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +19,7 @@ from fallow.errors import FallowError
 
 STANDARD_LIBRARY = "python-stdlib"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_HUB_ID = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})(?:/(.+))?")
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 _RECORD_SUFFIXES = (".jsonl", ".json.gz", ".parquet")  # .json alone is JSONL too, but in a folder mostly metadata
 _LONGEST_LINE = 1 << 28  # bytes of a JSONL record
@@ -72,22 +73,31 @@ def open_source(name: str) -> Source:
     """The source that ``name`` means: ``python-stdlib``, a file or folder, or a dataset id of the hub (``owner/name``).
 
     A folder is read with all its files of a known kind (``.txt``, ``.md``, ``.rst``, ``.py``, ``.jsonl``, ``.json.gz``,
-    ``.parquet``; what is not Parquet ``.gz`` too), by name; so is a dataset, with all of its files. Raises
-    ``FallowError`` where there is no such source or nothing in it.
+    ``.parquet``; what is not Parquet ``.gz`` too), by name; so is a dataset, with all of its files, or with those that
+    a pattern after its id matches (``allenai/c4/en/c4-train.0000*``). Raises ``FallowError`` where there is no such
+    source or nothing in it.
     """
     if name == STANDARD_LIBRARY:
         return Source(name, tuple(standard_library_files()))
-    path = Path(name).expanduser()
+    path, pattern = Path(name).expanduser(), "*"
     if path.is_file():
         return Source(name, (path.resolve(),))
     if not path.exists():
-        if not _HUB_ID.fullmatch(name):
+        dataset = _HUB_ID.fullmatch(name)
+        if dataset is None:
             raise FallowError(
                 f"There is no text at {name}: give a file, a folder, a dataset id (owner/name), or {STANDARD_LIBRARY}."
             )
-        path = _from_hub(name)
+        pattern = dataset[2] or "*"
+        path = _from_hub(dataset[1], pattern)
     folder = path.resolve()
-    files = sorted(file for file in folder.rglob("*") if _is_known(file.relative_to(folder)) and file.is_file())
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if _is_known(part := file.relative_to(folder)) and fnmatchcase(part.as_posix(), pattern) and file.is_file()
+    )
+    if not files and pattern != "*":
+        raise FallowError(f"The dataset {name.removesuffix(f'/{pattern}')} has no file of text that matches {pattern}.")
     if not files:
         kinds = ", ".join((*_TEXT_SUFFIXES, *_RECORD_SUFFIXES))
         raise FallowError(f"The folder {path} has no file that holds text ({kinds}): convert its files to one.")
@@ -218,11 +228,12 @@ def _is_message(message: object) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
-def _from_hub(name: str) -> Path:
-    """The dataset's text files, downloaded where they are not in the hub client's cache yet."""
+def _from_hub(name: str, pattern: str) -> Path:
+    """A folder with the dataset's text files that match, fetched where they are not in the hub client's cache yet."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415  slow, and most sources are on this machine
 
-    patterns = [f"*{suffix}{end}" for suffix in (".txt", *_RECORD_SUFFIXES) for end in ("", ".gz")]
+    known = [f"*{suffix}{end}" for suffix in (".txt", *_RECORD_SUFFIXES) for end in ("", ".gz")]
+    patterns = known if pattern == "*" else [pattern]
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # the hub client passes on whatever its HTTP library raises

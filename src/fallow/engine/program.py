@@ -191,7 +191,8 @@ class DecoderProgram:
     def _gated(self, name: str) -> None:
         config, program, builder = self._config, self._program, self._builder
         parts = [name + "gate_proj", name + "up_proj"]
-        if builder.packs_together(parts) and not config.mlp_bias and config.intermediate_size % 16 == 0:
+        plain = not config.mlp_bias and config.gate_quantile is None
+        if plain and builder.packs_together(parts) and config.intermediate_size % 16 == 0:
             weights = builder.weights(parts, interleave=True)
             (activations,) = self._normed(self._x, name + "ffn_norm", [weights])
             program.linear(activations, weights, self._inner, epilogue=_GATES[config.hidden_act])
@@ -202,6 +203,8 @@ class DecoderProgram:
             inputs = self._normed(self._x, name + "ffn_norm", matrices)
             for part, weights, activations, out in zip(parts, matrices, inputs, self._gate_up, strict=True):
                 program.linear(activations, weights, out, bias=self._bias([part]))
+            if config.gate_quantile is not None:
+                program.above_threshold(self._gate_up[0], config.gate_quantile)
             program.gate(*self._gate_up, self._inner, activation=config.hidden_act)
 
     def _project(self, x: int, name: str, post_norm: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,10 @@ class ModelConfig:
     value_embedding_layers: tuple[int, ...] = ()  # layers whose values gain an embedding of their token
     residual_mixes: bool = False  # each layer begins with a mix of its input and of the model's embeddings
     logit_softcap: float | None = None  # logits become cap * tanh(logits / cap) (arXiv 2408.00118)
+    active_share: float | None = None  # of each layer's neurons for a token, by statistical top-k on the gate
+
+    @property
+    def gate_quantile(self) -> float | None:
+        """Where ``active_share`` is there: how many standard deviations above the mean of a token's gates the threshold
+        lies, so that this share of a normal distribution is above it (arXiv 2506.06644, section 3)."""
+        return None if self.active_share is None else NormalDist().inv_cdf(1 - self.active_share)

@@ -50,7 +50,8 @@ class RMSNorm(nn.Module):
 
 class Layer(nn.Module):
     """Attention with shared key-value heads (arXiv 2305.13245) and rotary positions (arXiv 2104.09864), then a
-    feed-forward network: with a gate SwiGLU, GeGLU or ReGLU (arXiv 2002.05202), without one ReLU² (arXiv 2109.08668).
+    feed-forward network: with a gate SwiGLU, GeGLU or ReGLU (arXiv 2002.05202), of which statistical top-k may leave a
+    few (arXiv 2506.06644), without one ReLU² (arXiv 2109.08668).
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -60,6 +61,7 @@ class Layer(nn.Module):
         self.head_dim = config.head_dim
         self.attention_scale = config.attention_scale
         self.activation = _ACTIVATIONS[config.hidden_act]
+        self.gate_quantile = config.gate_quantile
         self.attention_norm = RMSNorm(hidden, eps)
         self.q_proj = Linear(hidden, width, bias=config.attention_bias)
         self.k_proj = Linear(hidden, kv_width, bias=config.attention_bias)
@@ -85,7 +87,12 @@ class Layer(nn.Module):
     def neurons(self, x: Tensor) -> Tensor:
         """The inner activations of the feed-forward network, ``[batch, tokens, intermediate]``."""
         up: Tensor = self.up_proj(x)
-        return self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
+        if self.gate_proj is None:
+            return self.activation(up)
+        gate = self.gate_proj(x)
+        if self.gate_quantile is not None:
+            gate = _above_threshold(gate, self.gate_quantile)
+        return self.activation(gate) * up
 
     def _attention(self, x: Tensor, tokens: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
         shape = (*x.shape[:2], -1, self.head_dim)  # [batch, tokens, heads, head_dim]
@@ -105,6 +112,14 @@ class Layer(nn.Module):
         )
         out: Tensor = self.o_proj(attended.transpose(1, 2).reshape(*x.shape[:2], -1))
         return out
+
+
+def _above_threshold(x: Tensor, quantile: float) -> Tensor:
+    """What of each value lies above its row's mean and ``quantile`` standard deviations, else zero (Spark Transformer's
+    statistical top-k, arXiv 2506.06644, section 3); statistics are float32, the result has the type of the input."""
+    wide = x.float()
+    deviation, mean = torch.std_mean(wide, -1, correction=0, keepdim=True)
+    return F.relu(wide - (mean + quantile * deviation)).type_as(x)
 
 
 def _rotated(x: Tensor, rope: Rope) -> Tensor:
@@ -152,6 +167,11 @@ class Decoder(nn.Module):
                 else:
                     std = output_std if part in ("o_proj", "down_proj") else _INITIAL_STD
                     parameter.normal_(0.0, std, generator=generator)
+
+    @property
+    def down_projections(self) -> list[Linear]:
+        """Of each layer: what the neurons of its feed-forward network go into, where hooks see them."""
+        return [layer.down_proj for layer in self.layers if isinstance(layer, Layer)]
 
     @property
     def head(self) -> Tensor:

@@ -109,6 +109,7 @@ def _with_variants(config: ModelConfig, fields: Fields) -> ModelConfig:
         value_embedding_layers=_layers(fields, "value_embedding_layers", config.num_hidden_layers),
         residual_mixes=fields.flag("residual_mixes", False),
         logit_softcap=fields.factor("logit_softcap", None),
+        active_share=_active_share(fields, config.gated_mlp),
     )
 
 
@@ -163,6 +164,13 @@ def _activation(fields: Fields, name: str, gated: bool) -> str:
         needed = ", ".join(known)
         raise fields.wrong(name, f"one of {needed}" if gated else f"{needed} where gated_mlp is false")
     return known[value]
+
+
+def _active_share(fields: Fields, gated: bool) -> float | None:
+    share = fields.number("active_share", None, high=1.0)
+    if share is not None and (share == 1.0 or not gated):
+        raise fields.wrong("active_share", "less than 1, with gated_mlp")
+    return share
 
 
 def _layers(fields: Fields, name: str, layers: int) -> tuple[int, ...]:

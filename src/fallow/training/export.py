@@ -57,7 +57,7 @@ def export_model(
 def family_of(config: ModelConfig) -> str:
     """The ``model_type`` that a decoder without windows, biases and post-norms is written as."""
     own = not config.gated_mlp or config.value_embedding_layers or config.residual_mixes or config.logit_softcap
-    if own or config.hidden_act != "silu":
+    if own or config.active_share or config.hidden_act != "silu":
         return "fallow"
     return "qwen3" if config.qk_norm else "llama"
 
@@ -94,5 +94,6 @@ def hf_config_of(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> di
             "value_embedding_layers": list(config.value_embedding_layers),
             "residual_mixes": config.residual_mixes,
             "logit_softcap": config.logit_softcap,
+            "active_share": config.active_share,
         }
     return document

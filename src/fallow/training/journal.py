@@ -33,6 +33,13 @@ class Journal:
         if report.validation is not None:
             self._curves.add_scalar("validation/loss", report.validation.loss, report.step)
             self._curves.add_scalar("validation/bits_per_byte", report.validation.bits_per_byte, report.step)
+        if report.activity is not None:
+            self._curves.add_scalar("activity/resting", report.activity.resting, report.step)
+            for index, layer in enumerate(report.activity.layers):
+                for name in ("mean", "p99", "union_8", "union_32", "dead"):
+                    count = getattr(layer, name)
+                    if count is not None:
+                        self._curves.add_scalar(f"activity_{name}/layer_{index}", count / layer.neurons, report.step)
         if report.sample is not None:
             self._curves.add_text("sample", report.sample, report.step)
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from fallow.errors import FallowError
 from fallow.meter.energy import EnergyMeter
 from fallow.models.decoder import Decoder
+from fallow.training.activity import Activity, measure_activity
 from fallow.training.checkpoints import Checkpoint, Checkpoints
 from fallow.training.corpus import Corpus
 from fallow.training.ema import WeightAverage
@@ -27,6 +28,7 @@ from fallow.training.optimizers.build import build_optimizers
 from fallow.training.optimizers.shards import own_part
 from fallow.training.processes import ALONE, Processes
 from fallow.training.recipe import Recipe
+from fallow.training.rest import RestPenalty
 from fallow.training.sample import greedy_tokens
 from fallow.training.schedule import BatchSize, LearningRate
 from fallow.training.sharding import place, reshard, whole_on_first
@@ -40,8 +42,8 @@ _MOST_ROLLBACKS = 3
 @dataclass(frozen=True)
 class StepReport:
     """One step of all processes. ``loss`` in nats a token, ``bits_per_byte`` of the batch by the corpus's bytes a
-    token, ``seconds`` since the run began (all its sessions), ``joules`` of this step, ``validation`` and ``sample``
-    where it was due."""
+    token, ``seconds`` since the run began (all its sessions), ``joules`` of this step; ``validation``, ``activity`` and
+    ``sample`` where they were due."""
 
     step: int
     steps: int
@@ -55,16 +57,21 @@ class StepReport:
     joules: float
     seconds: float
     validation: Validation | None = None
+    activity: Activity | None = None
     sample: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        values = {name: value for name, value in self.__dict__.items() if name not in ("validation", "sample")}
+        values = {
+            name: value for name, value in self.__dict__.items() if name not in ("validation", "activity", "sample")
+        }
         if self.validation is not None:
             values["validation"] = {
                 "loss": self.validation.loss,
                 "bits_per_byte": self.validation.bits_per_byte,
                 "tokens": self.validation.tokens,
             }
+        if self.activity is not None:
+            values["activity"] = self.activity.to_json()
         return values | ({"sample": self.sample} if self.sample is not None else {})
 
 
@@ -114,12 +121,14 @@ class Trainer:
             self.steps,
             warmup=round(train.warmup_share * self.steps),
             decay=round(train.decay_share * self.steps),
+            final=train.final_share,
         )
         self.average = WeightAverage(decoder, train.ema) if train.ema is not None else None
         self.checkpoints = Checkpoints(folder / "checkpoints", recipe.report.keep_checkpoints, processes)
         self.state = RunState()
         self._watch = LossWatch()
         self._step = Step(decoder, micro_batch=train.micro_batch, clip=train.clip or None, processes=processes)
+        self._rest = RestPenalty(decoder, recipe.rest, self.steps) if recipe.rest.l1 else None
         self._meter = EnergyMeter()
         self._flops = flops_per_token(decoder, recipe.data.context)
         self._peak = processes.total(peak_flops(decoder.compute, processes.device))
@@ -127,6 +136,7 @@ class Trainer:
         self._stopped_by: int | None = None  # what came to one of them, known to all
         self._saved_step: int | None = None
         self._last_validation: Validation | None = None  # of the step that was just taken
+        self._last_activity: Activity | None = None
         if train.checkpoint_activations:
             decoder.checkpoint_layers = True
 
@@ -180,6 +190,17 @@ class Trainer:
                 processes=self.processes,
             )
 
+    def activity(self) -> Activity | None:
+        """Which neurons work at the end of the run; None where the recipe's report does not ask for it."""
+        if not self.recipe.report.activity_tokens:
+            return None
+        return self._last_activity or self.measure_activity()
+
+    def measure_activity(self) -> Activity:
+        """Which feed-forward neurons work, on the validation text, with the averaged weights where there are some."""
+        with self._evaluated_weights():
+            return measure_activity(self.decoder, self.corpus.valid, self.recipe.report.activity_tokens)
+
     def weights(self) -> dict[str, torch.Tensor]:
         """What is exported: the averaged weights where there are some. The first process gets them, the others
         nothing."""
@@ -192,6 +213,8 @@ class Trainer:
         size = self.batches.at(state.step)
         first = self.batches.before(state.step) + state.skipped
         batch = self.processes.share(self.corpus.train.batch, first, size)
+        if self._rest is not None:
+            self._rest.prepare(state.step, size * recipe.data.context)
         loss, norm = self._step.gradients(batch)
         complaint = self._watch.complaint(loss, norm)
         if complaint is not None:
@@ -217,6 +240,7 @@ class Trainer:
         due = report.evaluate_every and (state.step % report.evaluate_every == 0 or last)
         validation = self.validate() if due else None
         self._last_validation = validation
+        self._last_activity = self.measure_activity() if due and report.activity_tokens else None
         if validation is not None:
             state.validation = validation.bits_per_byte
         sampled = report.sample_every and (state.step % report.sample_every == 0 or last)
@@ -234,6 +258,7 @@ class Trainer:
                 joules=joules,
                 seconds=state.seconds,
                 validation=validation,
+                activity=self._last_activity,
                 sample=self._sample() if sampled else None,
             )
         )

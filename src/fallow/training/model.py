@@ -27,6 +27,8 @@ def config_of(recipe: ModelRecipe, tokenizer: Tokenizer, context: int) -> ModelC
     beyond = [layer for layer in recipe.value_embedding_layers if not 0 <= layer < recipe.layers]
     if beyond:
         raise FallowError(f"model.value_embedding_layers has {beyond[0]}: layers go from 0 to {recipe.layers - 1}.")
+    if recipe.active_share is not None and recipe.activation == "relu2":
+        raise FallowError("model.active_share thresholds gates, and relu2 has none: use reglu, swiglu or geglu.")
     head_dim = recipe.hidden_size // recipe.heads
     return ModelConfig(
         architecture="fallow",
@@ -51,6 +53,7 @@ def config_of(recipe: ModelRecipe, tokenizer: Tokenizer, context: int) -> ModelC
         value_embedding_layers=recipe.value_embedding_layers,
         residual_mixes=recipe.residual_mixes,
         logit_softcap=recipe.logit_softcap,
+        active_share=recipe.active_share,
     )
 
 

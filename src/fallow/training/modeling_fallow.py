@@ -1,11 +1,13 @@
 """The decoder of Fallow for ``transformers``: load the folder with ``trust_remote_code=True``.
 
 It stands alone, because a copy of it lies beside the weights: Llama's layers with the variants that ``config.json``
-asks for (ReGLU, ReLU², normalised queries and keys, value embeddings, residual mixes, a soft cap on the logits).
+asks for (ReGLU, ReLU², statistical top-k, normalised queries and keys, value embeddings, residual mixes, a soft cap on
+the logits).
 """
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ class FallowConfig(PretrainedConfig):
         value_embedding_layers: tuple[int, ...] = (),
         residual_mixes: bool = False,
         logit_softcap: float | None = None,
+        active_share: float | None = None,
         tie_word_embeddings: bool = True,
         **others: Any,
     ) -> None:
@@ -63,6 +66,7 @@ class FallowConfig(PretrainedConfig):
         self.value_embedding_layers = list(value_embedding_layers)
         self.residual_mixes = residual_mixes
         self.logit_softcap = logit_softcap
+        self.active_share = active_share
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
 
 
@@ -117,6 +121,8 @@ class MLP(nn.Module):
     def __init__(self, config: FallowConfig) -> None:
         super().__init__()
         self.activation = _ACTIVATIONS[config.hidden_act]
+        share = config.active_share
+        self.quantile = None if share is None else NormalDist().inv_cdf(1 - share)
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(hidden, inner, bias=False) if config.gated_mlp else None
         self.up_proj = nn.Linear(hidden, inner, bias=False)
@@ -124,8 +130,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
-        neurons = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
-        return self.down_proj(neurons)
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(up))
+        gate = self.gate_proj(x)
+        if self.quantile is not None:  # only what lies so many deviations above the mean of a token's gates
+            deviation, mean = torch.std_mean(gate.float(), -1, correction=0, keepdim=True)
+            gate = F.relu(gate.float() - (mean + self.quantile * deviation)).type_as(gate)
+        return self.down_proj(self.activation(gate) * up)
 
 
 class Layer(nn.Module):

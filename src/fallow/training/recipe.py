@@ -31,6 +31,7 @@ class ModelRecipe(_Section):
     residual_mixes: bool = False
     zero_outputs: bool = False
     logit_softcap: float | None = Field(None, gt=0)
+    active_share: float | None = Field(None, gt=0, lt=1)  # of the neurons for a token, by statistical top-k
     tie_embeddings: bool = True
     rope_theta: float = Field(10_000.0, gt=1)
 
@@ -73,6 +74,7 @@ class TrainRecipe(_Section):
     schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
     warmup_share: float = Field(0.02, ge=0, le=1)
     decay_share: float = Field(0.2, ge=0, le=1)
+    final_share: float = Field(0.0, ge=0, le=1)  # of the learning rate that is left at the end
     clip: float = Field(1.0, ge=0)  # the largest norm of the gradient; 0: whatever it is
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True
@@ -82,11 +84,20 @@ class TrainRecipe(_Section):
     seed: int = Field(0, ge=0)
 
 
+class RestRecipe(_Section):
+    """Training to rest: the penalty on feed-forward neurons that are not zero. Shares are of the steps."""
+
+    l1: float = Field(0.0, ge=0)  # nats for each unit of a token's summed neurons; 0: no penalty
+    begin_share: float = Field(0.0, ge=0, le=1)  # when the penalty begins to rise
+    full_share: float = Field(0.1, ge=0, le=1)  # and when it is there as a whole
+
+
 class ReportRecipe(_Section):
     """What is looked at and kept while it runs; in steps, 0 for never."""
 
     evaluate_every: int = Field(100, ge=0)
     evaluate_tokens: int = Field(65_536, ge=1)
+    activity_tokens: int = Field(0, ge=0)  # tokens whose feed-forward neurons are counted at each evaluation
     sample_every: int = Field(0, ge=0)
     sample_prompt: str = ""
     sample_tokens: int = Field(64, ge=1)
@@ -103,6 +114,7 @@ class Recipe(_Section):
     data: DataRecipe
     train: TrainRecipe
     optimizer: tuple[OptimizerRecipe, ...] = Field(min_length=1)
+    rest: RestRecipe = RestRecipe()
     report: ReportRecipe = ReportRecipe()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from fallow.errors import FallowError
 from fallow.files import locked_or_refused, write_json
 from fallow.terminal import Progress
+from fallow.training.activity import Activity
 from fallow.training.corpus import open_corpus
 from fallow.training.export import export_model
 from fallow.training.journal import Journal
@@ -21,12 +22,13 @@ from fallow.training.processes import Processes, joined
 from fallow.training.recipe import Recipe, load_recipe
 from fallow.training.validation import Validation
 
-_RECIPE = "recipe.json"
+_RECIPE, _ACTIVITY = "recipe.json", "activity.json"
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """``folder`` is the run's, ``model`` the exported one, None where a signal (``stopped``) ended the run early."""
+    """``folder`` is the run's, ``model`` the exported one, None where a signal (``stopped``) ended the run early;
+    ``activity`` is there where the recipe's report asks for it."""
 
     folder: Path
     step: int
@@ -36,6 +38,7 @@ class TrainResult:
     joules: float
     energy_source: str
     validation: Validation | None
+    activity: Activity | None
     model: Path | None
     stopped: int | None
 
@@ -97,9 +100,17 @@ def _train(
 
         validation = trainer.run(report)
     model = folder / "model"
+    activity = None
     if trainer.stopped is None:
+        activity = trainer.activity()
         weights = trainer.weights()
-        processes.on_first(lambda: export_model(decoder.config, weights, corpus.tokenizer, model))
+
+        def finish() -> None:
+            if activity is not None:
+                write_json(folder / _ACTIVITY, activity.to_json())
+            export_model(decoder.config, weights, corpus.tokenizer, model)
+
+        processes.on_first(finish)
     return TrainResult(
         folder=folder,
         step=trainer.state.step,
@@ -109,6 +120,7 @@ def _train(
         joules=trainer.state.joules,
         energy_source=trainer.energy_source,
         validation=validation,
+        activity=activity,
         model=model if trainer.stopped is None else None,
         stopped=trainer.stopped,
     )

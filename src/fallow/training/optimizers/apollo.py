@@ -9,66 +9,28 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fallow.training.optimizers.adam import adam_direction, adam_state
-from fallow.training.optimizers.matrix import MatrixOptimizer
+from fallow.training.optimizers.adam import adam_direction
+from fallow.training.optimizers.projected import ProjectedAdam
 from fallow.training.optimizers.seeds import seeded
 
 _GROWTH = 1.01  # of an update's norm from one step to the next, at most (equation 4)
 
 
-class Apollo(MatrixOptimizer):
+class Apollo(ProjectedAdam):
     """The raw gradient, each channel of the longer side times how much Adam would have scaled it.
 
-    Adam's moments are those of the gradient's projection onto ``rank`` random directions of the shorter side. The
-    projection is drawn anew every ``refresh`` steps and not kept: a seed is. ``scale`` multiplies updates (alpha).
+    Adam's moments are those of the gradient's projection onto random directions, which are not kept: they are drawn
+    again from a seed.
     """
 
     _channels = True  # a factor each; APOLLO-Mini has one for the matrix
 
-    def __init__(
-        self,
-        params: ParamsT,
-        *,
-        lr: float,
-        rank: int,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        scale: float = 1.0,
-        refresh: int = 200,
-        seed: int = 0,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "rank": rank,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "scale": scale,
-            "refresh": refresh,
-            "seed": seed,
-        }
-        super().__init__(params, defaults)
+    def new_state(self, gradient: Tensor, rank: int) -> dict[str, Any]:
+        return super().new_state(gradient, rank) | {"norm": gradient.new_zeros(())}
 
-    def update(self, group: dict[str, Any]) -> None:
-        lr = group["lr"]
-        for index, parameter in enumerate(group["params"]):
-            if parameter.grad is None:
-                continue
-            tall = parameter.shape[0] > parameter.shape[1]
-            gradient = parameter.grad.mT if tall else parameter.grad  # [short, long]
-            state = self.state[parameter]
-            if not state:
-                rank = min(group["rank"], gradient.shape[0])
-                state |= adam_state(gradient.new_empty(rank, gradient.shape[1]))
-                state |= {"seed": group["seed"] + index, "norm": gradient.new_zeros(())}
-            update = self._scaled(gradient, state, group)
-            parameter.mul_(1 - lr * group["weight_decay"])
-            parameter.add_(update.mT if tall else update, alpha=-lr * group["scale"])
-
-    def _scaled(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    def direction(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], seed: int) -> Tensor:
         rank = len(state["exp_avg"])
-        generator = seeded(state["seed"], state["step"] // group["refresh"], gradient.device)
+        generator = seeded(seed, state["step"] // group["refresh"], gradient.device)
         projection = torch.randn(rank, len(gradient), generator=generator, dtype=gradient.dtype, device=gradient.device)
         reduced = (projection / math.sqrt(rank)) @ gradient  # [rank, long]
         direction = adam_direction(reduced, state, group["betas"], group["eps"])

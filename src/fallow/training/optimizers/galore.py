@@ -8,66 +8,33 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fallow.training.optimizers.adam import adam_direction, adam_state
-from fallow.training.optimizers.matrix import MatrixOptimizer
+from fallow.training.optimizers.adam import adam_direction
+from fallow.training.optimizers.projected import ProjectedAdam
 from fallow.training.optimizers.seeds import seeded
 
 _OVERSAMPLING, _POWER_ITERATIONS = 8, 2
 
 
-class GaLore(MatrixOptimizer):
-    """The projector is onto the ``rank`` leading singular vectors of the shorter side, of the gradient that is there
-    every ``refresh`` steps; the moments stay when it changes. ``scale`` multiplies updates (alpha, 0.25 in the paper).
-    """
+class GaLore(ProjectedAdam):
+    """The projector is onto the leading singular vectors of the gradient that is there every ``refresh`` steps; the
+    moments stay when it changes. The paper's ``scale`` is 0.25."""
 
-    def __init__(
-        self,
-        params: ParamsT,
-        *,
-        lr: float,
-        rank: int,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        scale: float = 0.25,
-        refresh: int = 200,
-        seed: int = 0,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "rank": rank,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "scale": scale,
-            "refresh": refresh,
-            "seed": seed,
-        }
-        super().__init__(params, defaults)
+    def __init__(self, params: ParamsT, *, lr: float, rank: int, scale: float = 0.25, **options: Any) -> None:
+        super().__init__(params, lr=lr, rank=rank, scale=scale, **options)
 
-    def update(self, group: dict[str, Any]) -> None:
-        lr = group["lr"]
-        for index, parameter in enumerate(group["params"]):
-            if parameter.grad is None:
-                continue
-            tall = parameter.shape[0] > parameter.shape[1]
-            gradient = parameter.grad.mT if tall else parameter.grad  # [short, long]
-            rank = min(group["rank"], gradient.shape[0])
-            state = self.state[parameter]
-            if not state:
-                state |= adam_state(gradient.new_empty(rank, gradient.shape[1]))
-                state["projector"] = gradient.new_zeros(gradient.shape[0], rank)
-            if not state["step"] and not gradient.any():
-                continue  # outputs that begin at zero: a projector of nothing would stay for ``refresh`` steps
-            refreshes, since = divmod(state["step"], group["refresh"])
-            if not since:
-                generator = seeded(group["seed"] + index, refreshes, gradient.device)
-                state["projector"] = leading_left_vectors(gradient, rank, generator)
-            projector = state["projector"]
-            direction = adam_direction(projector.mT @ gradient, state, group["betas"], group["eps"])
-            update = projector @ direction
-            parameter.mul_(1 - lr * group["weight_decay"])
-            parameter.add_(update.mT if tall else update, alpha=-lr * group["scale"])
+    def new_state(self, gradient: Tensor, rank: int) -> dict[str, Any]:
+        return super().new_state(gradient, rank) | {"projector": gradient.new_zeros(len(gradient), rank)}
+
+    def direction(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], seed: int) -> Tensor | None:
+        if not state["step"] and not gradient.any():
+            return None  # outputs that begin at zero: a projector of nothing would stay for ``refresh`` steps
+        refreshes, since = divmod(state["step"], group["refresh"])
+        if not since:
+            generator = seeded(seed, refreshes, gradient.device)
+            state["projector"] = leading_left_vectors(gradient, state["projector"].shape[1], generator)
+        projector = state["projector"]
+        direction: Tensor = projector @ adam_direction(projector.mT @ gradient, state, group["betas"], group["eps"])
+        return direction
 
 
 def leading_left_vectors(matrix: Tensor, rank: int, generator: torch.Generator) -> Tensor:
