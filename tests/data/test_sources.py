@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fallow.data.docstrings import questions
 from fallow.data.sources import Document, Source, open_source
 from fallow.errors import FallowError
 
@@ -81,6 +82,37 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(FallowError, match=r"a\.parquet is a Parquet file.*pip install pyarrow"):
         documents(tmp_path / "a.parquet")
+
+
+def test_questions_that_docstrings_answer() -> None:
+    source = """'''A module about fields.
+
+    It has several lines.
+    '''
+class Field:
+    "Something that lies there, fallow."
+    def rest(self): "Let it lie for a whole year."
+    def _inner(self): "Nobody asks what this is for."
+async def bear(): "Bear grain, as much as it can."
+def short(): "Too short."
+def silent(): pass
+"""
+    assert list(questions(source, "farm.land")) == [
+        ("What is the Python module farm.land for?", "A module about fields.\n\nIt has several lines."),
+        ("What is the class farm.land.Field in Python?", "Something that lies there, fallow."),
+        ("What does the method farm.land.Field.rest do in Python?", "Let it lie for a whole year."),
+        ("What does the function farm.land.bear do in Python?", "Bear grain, as much as it can."),
+    ]
+
+
+def test_the_standard_library_in_conversation() -> None:
+    source = open_source("python-stdlib-chat")
+    whole = {document.messages[0]["content"]: document.messages[1]["content"] for document in source.documents()}
+    assert len(whole) > 3000
+    answer = whole["What does the function textwrap.shorten do in Python?"]
+    assert answer.startswith("Collapse and truncate the given text")
+    assert "What does the method json.decoder.JSONDecoder.decode do in Python?" in whole
+    assert source.fingerprint() != open_source("python-stdlib").fingerprint()
 
 
 def test_the_standard_library() -> None:

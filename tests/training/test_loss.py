@@ -10,8 +10,8 @@ from fallow.training.loss import cross_entropy
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize(("tokens", "vocab", "block"), [(1, 7, 1024), (50, 33, 16), (64, 100, 64), (65, 100, 64)])
-def test_loss_and_gradients(tokens: int, vocab: int, block: int, softcap: float | None):
+@pytest.mark.parametrize(("tokens", "vocab", "block"), [(1, 7, None), (50, 33, 16), (64, 100, 64), (65, 100, 64)])
+def test_loss_and_gradients(tokens: int, vocab: int, block: int | None, softcap: float | None):
     torch.manual_seed(tokens * vocab)
     hidden = torch.randn(tokens, 24, dtype=torch.float32, requires_grad=True)
     head = torch.randn(vocab, 24, requires_grad=True)

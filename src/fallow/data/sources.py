@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, datasets of the hub, or the standard library's own source."""
+"""Where text comes from: files, folders, datasets of the hub, or the standard library's own source and docstrings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fallow.data.docstrings import questions
 from fallow.errors import FallowError
 
 STANDARD_LIBRARY = "python-stdlib"
+STANDARD_LIBRARY_CHAT = "python-stdlib-chat"
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})(?:/(.+))?")
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
@@ -37,10 +39,12 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """Files that hold documents, in the order in which they are read. ``name`` is what the user called it."""
+    """Files that hold documents, in the order in which they are read. ``name`` is what the user called it; with
+    ``docstrings`` they are Python modules, and documents are conversations about what these say of themselves."""
 
     name: str
     files: tuple[Path, ...]
+    docstrings: bool = False
 
     def fingerprint(self) -> str:
         """SHA-256 over the kinds and the contents of the files: the same wherever these lie and when they were written.
@@ -49,7 +53,7 @@ class Source:
         """
         digest = hashlib.sha256()
         for path in self.files:
-            kind = _suffix(path) + path.suffix
+            kind = f"docstrings of {_module(path)}" if self.docstrings else _suffix(path) + path.suffix
             with _reading(path), path.open("rb") as file:
                 digest.update(f"{kind} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return digest.hexdigest()
@@ -62,7 +66,7 @@ class Source:
         found = False
         for path in self.files:
             with _reading(path):
-                for document in _documents(path):
+                for document in _conversations(path) if self.docstrings else _documents(path):
                     found = True
                     yield document
         if not found:
@@ -70,7 +74,8 @@ class Source:
 
 
 def open_source(name: str) -> Source:
-    """The source that ``name`` means: ``python-stdlib``, a file or folder, or a dataset id of the hub (``owner/name``).
+    """The source that ``name`` means: ``python-stdlib``, ``python-stdlib-chat`` (its docstrings as conversations), a
+    file or folder, or a dataset id of the hub (``owner/name``).
 
     A folder is read with all its files of a known kind (``.txt``, ``.md``, ``.rst``, ``.py``, ``.jsonl``, ``.json.gz``,
     ``.parquet``; what is not Parquet ``.gz`` too), by name; so is a dataset, with all of its files, or with those that
@@ -79,6 +84,8 @@ def open_source(name: str) -> Source:
     """
     if name == STANDARD_LIBRARY:
         return Source(name, tuple(standard_library_files()))
+    if name == STANDARD_LIBRARY_CHAT:
+        return Source(name, tuple(standard_library_files()), docstrings=True)
     path, pattern = Path(name).expanduser(), "*"
     if path.is_file():
         return Source(name, (path.resolve(),))
@@ -86,7 +93,8 @@ def open_source(name: str) -> Source:
         dataset = _HUB_ID.fullmatch(name)
         if dataset is None:
             raise FallowError(
-                f"There is no text at {name}: give a file, a folder, a dataset id (owner/name), or {STANDARD_LIBRARY}."
+                f"There is no text at {name}: give a file, a folder, a dataset id (owner/name), {STANDARD_LIBRARY} or "
+                f"{STANDARD_LIBRARY_CHAT}."
             )
         pattern = dataset[2] or "*"
         path = _from_hub(dataset[1], pattern)
@@ -150,6 +158,24 @@ def _documents(path: Path) -> Iterator[Document]:
         raise FallowError(f"{path} is not text in UTF-8 (byte {error.start}): convert it with iconv.") from None
     if text.strip():
         yield Document(str(path), text)
+
+
+def _conversations(path: Path) -> Iterator[Document]:
+    """A question and an answer about each public name of a Python module."""
+    module = _module(path)
+    try:
+        pairs = [*questions(path.read_text(encoding="utf-8"), module)]
+    except (SyntaxError, ValueError) as error:
+        raise FallowError(f"{path} is not Python source ({type(error).__name__}).") from None
+    for question, answer in pairs:
+        messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+        yield Document(f"{path}, {question!r}", messages=messages)
+
+
+def _module(path: Path) -> str:
+    """The name under which a module of the standard library is imported."""
+    parts = path.relative_to(sysconfig.get_path("stdlib")).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
 def _opened(path: Path) -> BinaryIO | gzip.GzipFile:

@@ -148,9 +148,9 @@ class Decoder(nn.Module):
         # Of each layer: how much of the stream it keeps, and how much of the embeddings it sees again.
         mixes = torch.tensor([[1.0, 0.0]]).repeat(config.num_hidden_layers, 1)
         self.residual_mixes = nn.Parameter(mixes) if config.residual_mixes else None
-        context = context or config.max_position_embeddings
+        self.context = context or config.max_position_embeddings
         for name, rope in (("rope", config.rope), ("rope_local", config.rope_local)):
-            table = None if rope is None else torch.from_numpy(rope_table(rope, context))  # [context, rotary_dim]
+            table = None if rope is None else torch.from_numpy(rope_table(rope, self.context))  # [context, rotary_dim]
             self.register_buffer(name, table, persistent=False)
 
     def initialise(self, generator: torch.Generator, *, zero_outputs: bool = False) -> None:

@@ -17,7 +17,8 @@ from fallow.files import locked, replacing_folder
 from fallow.models.store import resolve, store_path
 from fallow.models.tokenizer import Tokenizer, load_tokenizer
 from fallow.terminal import Progress
-from fallow.training.recipe import DataRecipe, Recipe
+from fallow.training.recipe import Recipe
+from fallow.training.start import start_path, start_tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def open_corpus(recipe: Recipe, progress: Progress | None = None) -> Corpus:
     """
     data = recipe.data
     source = open_source(data.train)
-    tokenizer = _tokenizer(data, source, progress)
+    tokenizer = _tokenizer(recipe, source, progress)
     if data.valid is None:
         train, valid = prepare_split(source, tokenizer, data.valid_share, progress=progress)
     else:
@@ -59,7 +60,10 @@ def open_corpus(recipe: Recipe, progress: Progress | None = None) -> Corpus:
     return Corpus(tokenizer, train_windows, valid_windows)
 
 
-def _tokenizer(data: DataRecipe, source: Source, progress: Progress | None) -> Tokenizer:
+def _tokenizer(recipe: Recipe, source: Source, progress: Progress | None) -> Tokenizer:
+    data, start = recipe.data, start_path(recipe, progress)
+    if start is not None:
+        return start_tokenizer(recipe, start, progress)
     if data.tokenizer is not None:
         return load_tokenizer(resolve(data.tokenizer, progress=progress))
     return load_tokenizer(_trained_tokenizer(source, data.vocab_size, progress))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import Tensor
 
 from fallow.models.config import ModelConfig
 from fallow.models.decoder import Decoder
@@ -14,14 +15,15 @@ _SECONDS = 0.3
 
 
 def flops_per_token(decoder: Decoder, context: int) -> int:
-    """Floating-point operations of a training step for each token: 6 for each weight of a product, and attention's
-    12 layers x width x context (PaLM, arXiv 2204.02311, appendix B), halved as half of it is masked. Embeddings
-    that are only looked up count nothing."""
+    """Floating-point operations of a training step for each token: 6 for each weight of a product, 4 where it is
+    frozen, and attention's 12 layers x width x context (PaLM, arXiv 2204.02311, appendix B), halved as half of it is
+    masked. Embeddings that are only looked up count nothing."""
     config: ModelConfig = decoder.config
-    weights = sum(p.numel() for name, p in decoder.named_parameters() if p.ndim == 2 and "embed" not in name)
-    head = 0 if decoder.lm_head is not None else decoder.head.numel()
+    products: list[Tensor] = [p for name, p in decoder.named_parameters() if p.ndim == 2 and "embed" not in name]
+    products += [] if decoder.lm_head is not None else [decoder.head]
     width = config.num_attention_heads * config.head_dim
-    return 6 * (weights + head) + 6 * config.num_hidden_layers * width * context
+    attention = 6 * config.num_hidden_layers * width * context
+    return sum((6 if p.requires_grad else 4) * p.numel() for p in products) + attention
 
 
 def peak_flops(dtype: torch.dtype, device: torch.device) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from fallow.errors import FallowError
 from fallow.meter.energy import EnergyMeter
@@ -24,8 +24,10 @@ from fallow.training.checkpoints import Checkpoint, Checkpoints
 from fallow.training.corpus import Corpus
 from fallow.training.ema import WeightAverage
 from fallow.training.flops import flops_per_token, peak_flops
+from fallow.training.lora import merged_weights
 from fallow.training.optimizers.build import build_optimizers
-from fallow.training.optimizers.shards import own_part
+from fallow.training.optimizers.fused import FusedUpdates
+from fallow.training.optimizers.seeds import draw_of
 from fallow.training.processes import ALONE, Processes
 from fallow.training.recipe import Recipe
 from fallow.training.rest import RestPenalty
@@ -34,7 +36,7 @@ from fallow.training.schedule import BatchSize, LearningRate
 from fallow.training.sharding import place, reshard, whole_on_first
 from fallow.training.step import Step
 from fallow.training.validation import Validation, validate
-from fallow.training.watch import LossWatch, first_bad_gradient
+from fallow.training.watch import LossWatch
 
 _MOST_ROLLBACKS = 3
 
@@ -87,6 +89,7 @@ class RunState:
     joules: float = 0.0
     validation: float | None = None  # bits per byte, the last one
     losses: list[float] = field(default_factory=list)  # of the last steps, for the watch
+    base: str | None = None  # the digest of the model that adapters belong to
 
 
 class Trainer:
@@ -102,8 +105,11 @@ class Trainer:
         *,
         processes: Processes = ALONE,
         on_note: Callable[[str], None] = lambda text: None,
+        base: str | None = None,
     ) -> None:
-        """Raises ``FallowError`` where the recipe's optimizers do not fit the decoder, or its batch the processes."""
+        """``base`` is the digest of the model that the decoder's adapters belong to, where it has some: checkpoints
+        hold nothing else then. Raises ``FallowError`` where the recipe's optimizers do not fit the decoder, or its
+        batch the processes."""
         self.recipe, self.decoder, self.corpus, self.processes = recipe, decoder, corpus, processes
         self._on_note = on_note
         train = recipe.train
@@ -125,9 +131,15 @@ class Trainer:
         )
         self.average = WeightAverage(decoder, train.ema) if train.ema is not None else None
         self.checkpoints = Checkpoints(folder / "checkpoints", recipe.report.keep_checkpoints, processes)
-        self.state = RunState()
+        self.state = RunState(base=base)
         self._watch = LossWatch()
-        self._step = Step(decoder, micro_batch=train.micro_batch, clip=train.clip or None, processes=processes)
+        clip, fused = train.clip or None, None
+        if train.fused_update:
+            micro_batches = -(-train.batch // (train.micro_batch or train.batch))
+            fused = FusedUpdates(self.optimizers, clip=clip, micro_batches=micro_batches)
+        self._step = Step(
+            decoder, self.optimizers, micro_batch=train.micro_batch, clip=clip, fused=fused, processes=processes
+        )
         self._rest = RestPenalty(decoder, recipe.rest, self.steps) if recipe.rest.l1 else None
         self._meter = EnergyMeter()
         self._flops = flops_per_token(decoder, recipe.data.context)
@@ -202,8 +214,11 @@ class Trainer:
             return measure_activity(self.decoder, self.corpus.valid, self.recipe.report.activity_tokens)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What is exported: the averaged weights where there are some. The first process gets them, the others
-        nothing."""
+        """What is exported, adapters multiplied out: the averaged weights where there are some. The first process gets
+        them, the others nothing."""
+        if self.recipe.lora is not None:
+            with self._evaluated_weights():
+                return merged_weights(self.decoder)
         own = {name: parameter.detach() for name, parameter in self.decoder.named_parameters()}
         return whole_on_first(own if self.average is None else self.average.weights, self.processes)
 
@@ -215,17 +230,15 @@ class Trainer:
         batch = self.processes.share(self.corpus.train.batch, first, size)
         if self._rest is not None:
             self._rest.prepare(state.step, size * recipe.data.context)
-        loss, norm = self._step.gradients(batch)
-        complaint = self._watch.complaint(loss, norm)
-        if complaint is not None:
-            self._bad_step(complaint, size)
-            return
+        if recipe.lora is not None and recipe.lora.dropout:
+            torch.manual_seed(draw_of(recipe.train.seed, state.step))  # what is dropped follows from the step
         factor = self.rate.factor(state.step)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = group["initial_lr"] * factor
+        taken = self._step.take(batch, self._watch)
+        if taken.complaint is not None:
+            self._bad_step(taken.complaint, size)
+            return
         if self.average is not None:
             self.average.update(state.step)
         used = self._meter.between(before, self._meter.reading(self.processes.measured))
@@ -249,9 +262,9 @@ class Trainer:
                 step=state.step,
                 steps=self.steps,
                 tokens=state.tokens,
-                loss=loss,
-                bits_per_byte=self.corpus.bits_per_byte(loss),
-                gradient_norm=norm,
+                loss=taken.loss,
+                bits_per_byte=self.corpus.bits_per_byte(taken.loss),
+                gradient_norm=taken.gradient_norm,
                 lr=recipe.optimizer[0].lr * factor,
                 tokens_per_s=tokens / used.seconds,
                 mfu=tokens * self._flops / used.seconds / self._peak,
@@ -266,8 +279,7 @@ class Trainer:
     def _bad_step(self, complaint: str, size: int) -> None:
         """Stop with the reason, or go back to the last checkpoint and leave these sequences out."""
         step = self.state.step
-        where = self._first_bad_gradient()
-        sentence = f"At step {step + 1} {complaint}" + (f", first in {where}" if where else "")
+        sentence = f"At step {step + 1} {complaint}"
         self.checkpoints.wait()
         checkpoint = self.checkpoints.latest()
         if self.recipe.train.on_bad_step == "stop" or checkpoint is None or self.state.rollbacks >= _MOST_ROLLBACKS:
@@ -282,14 +294,9 @@ class Trainer:
             parameter.grad = None
         self._on_note(f"{sentence}: back to step {checkpoint.step}, with other text.")
 
-    def _first_bad_gradient(self) -> str | None:
-        """In the order of the parameters, whichever process has the part with it."""
-        parts = {name: p.grad if p.grad is None else own_part(p.grad) for name, p in self.decoder.named_parameters()}
-        found = {name for name in self.processes.gathered(first_bad_gradient(parts.items())) if name is not None}
-        return next((name for name in parts if name in found), None)
-
     def _tensors(self) -> dict[str, Any]:
-        model, optimizers = get_state_dict(self.decoder, self.optimizers)
+        only_trained = StateDictOptions(ignore_frozen_params=self.recipe.lora is not None)
+        model, optimizers = get_state_dict(self.decoder, self.optimizers, options=only_trained)
         average = {"average": self.average.weights} if self.average is not None else {}
         return {"model": model, "optimizers": optimizers, **average}
 
@@ -299,6 +306,11 @@ class Trainer:
         self._saved_step = self.state.step
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.run.get("base") != self.state.base:
+            raise FallowError(
+                f"The checkpoint {checkpoint.folder} belongs to another model than {self.recipe.model.start}, which "
+                "has changed: put it back, or begin again with --fresh."
+            )
         tensors = self._tensors()
         checkpoint.load_into(tensors)
         set_state_dict(
@@ -306,6 +318,7 @@ class Trainer:
             self.optimizers,
             model_state_dict=tensors["model"],
             optim_state_dict=tensors["optimizers"],
+            options=StateDictOptions(strict=self.recipe.lora is None),
         )
         self.state = RunState(**checkpoint.run)
         self._saved_step = checkpoint.step
@@ -314,7 +327,11 @@ class Trainer:
     def _sample(self) -> str:
         tokenizer = self.corpus.tokenizer
         prompt = self.recipe.report.sample_prompt
-        ids = tokenizer.encode(prompt) or [min(tokenizer.eos_token_ids, default=0)]
+        if self.corpus.train.shards.index.has_answers:
+            asked = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+            ids, prompt = tokenizer.encode(asked, add_special_tokens=False), ""
+        else:
+            ids = tokenizer.encode(prompt) or [min(tokenizer.eos_token_ids, default=0)]
         with self._evaluated_weights():
             new = greedy_tokens(
                 self.decoder,
@@ -327,9 +344,13 @@ class Trainer:
 
     @contextmanager
     def _evaluated_weights(self) -> Iterator[None]:
-        with self.average.in_place() if self.average is not None else nullcontext():
-            yield
-            reshard(self.decoder)
+        self.decoder.eval()
+        try:
+            with self.average.in_place() if self.average is not None else nullcontext():
+                yield
+                reshard(self.decoder)
+        finally:
+            self.decoder.train()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

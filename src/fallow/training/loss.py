@@ -11,17 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 1024  # tokens whose logits exist at once
+_BLOCK = 1024  # tokens whose logits exist at once, and fewer where these would be more numbers than
+_LOGITS = 1 << 24
+_ROWS = 1 << 13  # of the head whose gradient is summed up at once
 
 
 def cross_entropy(
-    hidden: Tensor, head: Tensor, targets: Tensor, *, softcap: float | None = None, block: int = BLOCK
+    hidden: Tensor, head: Tensor, targets: Tensor, *, softcap: float | None = None, block: int | None = None
 ) -> Tensor:
     """The summed negative log-likelihood (nats, float32) of ``targets``.
 
     ``hidden [tokens, hidden]``, ``head [vocab, hidden]``, ``targets`` int64 ``[tokens]``; a target below 0 does not
-    count. Products are computed in the type of ``hidden``, the rest in float32. ``softcap`` is that of ``Decoder``.
+    count. Products are computed in the type of ``hidden``, the rest in float32. ``softcap`` is that of ``Decoder``,
+    ``block`` the tokens of a block. The gradient can be taken once.
     """
+    block = block or max(min(_BLOCK, _LOGITS // head.shape[0]), 1)
     loss: Tensor = _BlockwiseCrossEntropy.apply(hidden, head, targets, softcap, block)  # type: ignore[no-untyped-call]
     return loss
 
@@ -32,24 +36,26 @@ class _BlockwiseCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None, block: int
     ) -> Tensor:
         weights = head.to(hidden.dtype)
-        needs_gradient = hidden.requires_grad or head.requires_grad
         loss = hidden.new_zeros((), dtype=torch.float32)
-        hidden_gradient = torch.empty_like(hidden) if needs_gradient else None
-        head_gradient = torch.zeros_like(head, dtype=torch.float32) if needs_gradient else None
+        hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        head_gradient = torch.zeros_like(head, dtype=torch.float32) if head.requires_grad else None
+        needs_gradient = hidden.requires_grad or head.requires_grad
         for start in range(0, hidden.shape[0], block):
             part = hidden[start : start + block]
             part_loss, gradient = _block(part @ weights.T, targets[start : start + block], softcap, needs_gradient)
             loss += part_loss
-            if hidden_gradient is not None and head_gradient is not None:
+            if hidden_gradient is not None:
                 torch.mm(gradient, weights, out=hidden_gradient[start : start + block])
-                head_gradient += gradient.T @ part
+            if head_gradient is not None:
+                for rows in range(0, head.shape[0], _ROWS):  # sums of two types take a copy of the summand
+                    head_gradient[rows : rows + _ROWS] += gradient[:, rows : rows + _ROWS].T @ part
         ctx.save_for_backward(hidden_gradient, head_gradient)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden_gradient, head_gradient = ctx.saved_tensors
-        return hidden_gradient * scale, head_gradient * scale, None, None, None
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden, head = (None if gradient is None else gradient.mul_(scale) for gradient in ctx.saved_tensors)
+        return hidden, head, None, None, None
 
 
 def _block(logits: Tensor, targets: Tensor, softcap: float | None, needs_gradient: bool) -> tuple[Tensor, Tensor]:
@@ -64,8 +70,8 @@ def _block(logits: Tensor, targets: Tensor, softcap: float | None, needs_gradien
     loss = torch.where(counts, (normaliser - wide.gather(-1, chosen))[:, 0], 0.0).sum()
     if not needs_gradient:
         return loss, logits
-    gradient = torch.exp(wide - normaliser)
+    gradient = wide.sub_(normaliser).exp_()
     gradient.scatter_add_(-1, chosen, torch.full_like(chosen, -1, dtype=gradient.dtype))
     if softcap is not None:
-        gradient = gradient * (1 - capped.square())
-    return loss, torch.where(counts[:, None], gradient, 0.0).to(logits.dtype)
+        gradient *= 1 - capped.square()
+    return loss, gradient.masked_fill_(~counts[:, None], 0.0).to(logits.dtype)

@@ -6,9 +6,9 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fallow.errors import FallowError
 
@@ -18,8 +18,9 @@ class _Section(BaseModel):
 
 
 class ModelRecipe(_Section):
-    """The decoder that is trained."""
+    """The decoder that is trained: a new one of these sizes, or with ``start`` one that exists, as it is."""
 
+    start: str | None = None  # a folder, a GGUF file, a known name or a hub id: it is tuned, not begun anew
     hidden_size: int = Field(384, ge=16, multiple_of=16)
     intermediate_size: int = Field(1024, ge=16, multiple_of=16)
     layers: int = Field(8, ge=1, le=256)
@@ -35,6 +36,22 @@ class ModelRecipe(_Section):
     tie_embeddings: bool = True
     rope_theta: float = Field(10_000.0, gt=1)
 
+    @model_validator(mode="after")
+    def _start_decides(self) -> Self:
+        beside = sorted(self.model_fields_set - {"start"}) if self.start is not None else []
+        if beside:
+            raise ValueError(f"model.start brings its own {beside[0]}: leave {' and '.join(beside)} out")
+        return self
+
+
+class LoraRecipe(_Section):
+    """Adapters that are trained in place of the weights of ``model.start``."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int | None = Field(None, ge=1)  # what they add is multiplied by alpha / rank; twice the rank if left out
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = Field(("*_proj",), min_length=1)  # patterns of layers.0.q_proj and so on
+
 
 class DataRecipe(_Section):
     """Texts, their tokenizer, and how they are cut."""
@@ -42,7 +59,7 @@ class DataRecipe(_Section):
     train: str = "python-stdlib"
     valid: str | None = None  # a share of the training text where there is none
     valid_share: float = Field(0.02, gt=0, lt=0.5)
-    tokenizer: str | None = None  # a model's; trained on the training text where there is none
+    tokenizer: str | None = None  # a model's; where there is none, model.start's, or one trained on the text
     vocab_size: int = Field(8192, ge=257)
     context: int = Field(512, ge=8)
     isolate_documents: bool = False
@@ -78,6 +95,7 @@ class TrainRecipe(_Section):
     clip: float = Field(1.0, ge=0)  # the largest norm of the gradient; 0: whatever it is
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True
+    fused_update: bool = False  # update in the backward pass: all gradients never exist at once, nothing is clipped
     checkpoint_activations: bool = False  # compute layers again in the backward pass instead of keeping them
     ema: float | None = Field(None, gt=0, lt=1)  # of the weights that are evaluated and exported
     on_bad_step: Literal["stop", "rollback"] = "stop"  # where the loss is not finite or leaps
@@ -116,6 +134,13 @@ class Recipe(_Section):
     optimizer: tuple[OptimizerRecipe, ...] = Field(min_length=1)
     rest: RestRecipe = RestRecipe()
     report: ReportRecipe = ReportRecipe()
+    lora: LoraRecipe | None = None
+
+    @model_validator(mode="after")
+    def _adapters_have_a_model(self) -> Self:
+        if self.lora is not None and self.model.start is None:
+            raise ValueError("[lora] adapts a model that exists: say which with model.start")
+        return self
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -162,6 +187,8 @@ def _sentence(mistake: Mapping[str, Any], document: Mapping[str, Any]) -> str:
             return f"{where} is missing."
         case "extra_forbidden":
             return f"{where} is not known{_suggestion(mistake['loc'])}"
+        case "value_error":  # a rule of ours between several keys
+            return f"{mistake['ctx']['error']}."
         case _:
             return f"{where} is {mistake['input']!r:.60}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}."
 

@@ -17,9 +17,11 @@ from fallow.training.corpus import open_corpus
 from fallow.training.export import export_model
 from fallow.training.journal import Journal
 from fallow.training.loop import StepReport, Trainer
+from fallow.training.lora import add_adapters, digest_of_model, export_adapters
 from fallow.training.model import new_decoder
 from fallow.training.processes import Processes, joined
 from fallow.training.recipe import Recipe, load_recipe
+from fallow.training.start import start_decoder, start_path
 from fallow.training.validation import Validation
 
 _RECIPE, _ACTIVITY = "recipe.json", "activity.json"
@@ -84,10 +86,17 @@ def _train(
 ) -> TrainResult:
     processes.require_same("The recipe", recipe.model_dump_json())
     processes.require_shared(folder)
+    if recipe.lora is not None and processes.count > 1:
+        raise FallowError("A recipe with [lora] trains in one process: start it without torchrun.")
     corpus = processes.in_turn(lambda: open_corpus(recipe, progress))
     processes.require_same("The text or its tokenizer", corpus.digest)
-    decoder = new_decoder(recipe, corpus.tokenizer)
-    trainer = Trainer(recipe, decoder, corpus, folder, processes=processes, on_note=on_note)
+    start = start_path(recipe)
+    decoder = new_decoder(recipe, corpus.tokenizer) if start is None else start_decoder(recipe, start)
+    base = None
+    if recipe.lora is not None and start is not None:
+        add_adapters(decoder, recipe.lora, seed=recipe.train.seed)
+        base = digest_of_model(start)
+    trainer = Trainer(recipe, decoder, corpus, folder, processes=processes, on_note=on_note, base=base)
     if trainer.resume():
         on_note(f"Going on from step {trainer.state.step} of {trainer.steps}.")
     begin, curves = trainer.state.step, recipe.report.tensorboard
@@ -108,7 +117,9 @@ def _train(
         def finish() -> None:
             if activity is not None:
                 write_json(folder / _ACTIVITY, activity.to_json())
-            export_model(decoder.config, weights, corpus.tokenizer, model)
+            if recipe.lora is not None:
+                export_adapters(decoder, recipe.lora, str(recipe.model.start), folder / "adapter")
+            export_model(decoder.config, weights, corpus.tokenizer, model, start=start)
 
         processes.on_first(finish)
     return TrainResult(
@@ -132,7 +143,7 @@ def _opened(folder: Path, recipe: Recipe, *, fresh: bool) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked_or_refused(folder / ".lock", f"Another process trains in {folder}: wait for it, or use --out."):
         if fresh:
-            for name in ("checkpoints", "tensorboard", "model"):
+            for name in ("checkpoints", "tensorboard", "model", "adapter"):
                 shutil.rmtree(folder / name, ignore_errors=True)
         _claim(folder, recipe)
         yield

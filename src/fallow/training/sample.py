@@ -25,7 +25,7 @@ def greedy_tokens(
     """
     ids = list(prompt)
     device = decoder.head.device
-    for _ in range(min(count, decoder.config.max_position_embeddings - len(ids))):
+    for _ in range(min(count, decoder.context - len(ids))):
         with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
             hidden = decoder(torch.tensor([ids], device=device))
         ids.append(agreed(int(decoder.logits(hidden[0, -1]).argmax())))

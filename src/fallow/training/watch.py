@@ -25,8 +25,8 @@ class LossWatch:
         """What is wrong with a step before its update, or None; a good loss is remembered."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if not math.isfinite(gradient_norm):
-            return f"the loss is {loss:.4g}, but the norm of the gradient is {gradient_norm}"
+        if (complaint := gradient_complaint(loss, gradient_norm)) is not None:
+            return complaint
         if len(self.losses) >= _FEWEST:
             mean = fmean(self.losses)
             limit = mean + max(_DEVIATIONS * pstdev(self.losses), _SMALLEST_LEAP)
@@ -34,6 +34,11 @@ class LossWatch:
                 return f"the loss leapt to {loss:.4g}, from {mean:.4g} on average before"
         self.losses.append(loss)
         return None
+
+
+def gradient_complaint(loss: float, norm: float) -> str | None:
+    """What is wrong with a gradient whose loss is good, or None."""
+    return None if math.isfinite(norm) else f"the loss is {loss:.4g}, but the norm of the gradient is {norm}"
 
 
 def first_bad_gradient(gradients: Iterable[tuple[str, Tensor | None]]) -> str | None:

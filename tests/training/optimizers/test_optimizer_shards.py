@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from fallow.errors import FallowError
 from fallow.training.optimizers.build import build_optimizers, state_bytes
-from fallow.training.optimizers.fused import attach_fused_updates
+from fallow.training.optimizers.fused import FusedUpdates
 from fallow.training.recipe import OptimizerRecipe
 
 RULES = {
@@ -90,7 +90,7 @@ def worker(rank: int, folder: str) -> None:
         build = partial(build_optimizers, sharded.named_parameters(), [rule(kind, "*", **options)])
         assert "projects whole matrices" in refusal(build)
     optimizers = build_optimizers(sharded.named_parameters(), RULES["adamw"])
-    message = refusal(lambda: attach_fused_updates(optimizers, clip=None, micro_batches=1))
+    message = refusal(lambda: FusedUpdates(optimizers, clip=None, micro_batches=1))
     assert "sharded parameters (FSDP2) are not supported; train in one process" in message
     dist.destroy_process_group()
 
