@@ -35,7 +35,7 @@ def on_step(report):
     if report.step == int(step):
         os.kill(int((pids / rank).read_text()), int(number))
 result = train(recipe, out=out, on_step=on_step, on_note=print)
-print(f"ended at {result.step} by {result.stopped}")
+print(f"ended at {result.step} by {result.stopped}\\n", end="")  # in one piece, as others print too
 """
 ADAMW = '{kind = "adamw", parameters = ["*"], lr = 0.003}'
 GALORE = '{kind = "galore", parameters = ["layers.*_proj.weight"], rank = 8, lr = 0.003}'
