@@ -45,6 +45,7 @@ class Step:
                 self.decoder.head,
                 targets[part].flatten(),
                 softcap=self.decoder.config.logit_softcap,
+                compiled=self.decoder.is_compiled,
             )
             mean = nll / max(count, 1)
             mean.backward()  # type: ignore[no-untyped-call]
