@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from fallow.errors import FallowError
 from fallow.meter.energy import EnergyMeter
 from fallow.models.decoder import Decoder
 from fallow.training.activity import Activity, measure_activity

@@ -99,8 +99,14 @@ class Runner:
         return self._python
 
     def _ours(self, side: Side, corpus: Corpus, count: int, folder: Path, label: str) -> tuple[dict[str, Any], int]:
-        quiet = {"evaluate_every": 0, "sample_every": 0, "checkpoint_every": 0, "tensorboard": False}
-        recipe = side.recipe.model_copy(update={"report": side.recipe.report.model_copy(update=quiet)})
+        unseen = {
+            "evaluate_every": 0,
+            "sample_every": 0,
+            "checkpoint_every": 0,
+            "activity_tokens": 0,
+            "tensorboard": False,
+        }
+        recipe = side.recipe.model_copy(update={"report": side.recipe.report.model_copy(update=unseen)})
         job = {
             "recipe": recipe.model_dump(mode="json"),
             "folder": str(folder / "run"),
