@@ -160,12 +160,14 @@ def test_the_baseline_sees_our_model_and_our_windows_in_our_order(
     assert said["peak_memory_bytes"] > 1e8
 
 
+@pytest.mark.slow
 @needs_trainer
 def test_the_baseline_learns_with_muon(recipe: Recipe, corpus: Corpus, tmp_path: Path):
     said = hf_trainer(recipe, corpus, tmp_path, steps=24, optimizer="muon", muon_lr=0.02, lr=0.01)
     assert said["last_loss"] < said["first_loss"] - 1
 
 
+@pytest.mark.slow
 @needs_trainer
 def test_a_loss_that_is_no_number_is_told(recipe: Recipe, corpus: Corpus, tmp_path: Path):
     said = hf_trainer(recipe, corpus, tmp_path, steps=24, lr=1e30)
