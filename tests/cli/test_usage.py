@@ -21,9 +21,9 @@ def test_help_lists_every_command(fallow):
     assert [line.split()[0] for line in listed] == COMMANDS
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "bench train"])
 def test_help_of_a_command_has_an_example(fallow, command):
-    done = fallow(command, "--help")
+    done = fallow(*command.split(), "--help")
     assert done.returncode == 0
     assert f"  fallow {command}" in done.stdout.partition("Example:")[2]
 
@@ -45,6 +45,10 @@ def test_help_loads_nothing_heavy():
         ["run", "--json"],
         ["run", "   "],
         ["eval", "smollm2-135m"],
+        ["bench", "train"],
+        ["bench", "train", "recipe.toml", "--trials", "trials.jsonl"],
+        ["bench", "train", "recipe.toml", "--tune", "theirs"],
+        ["bench", "train", "recipe.toml", "--tune", "ours", "--fresh"],
         ["serve", "--port", "99999"],
         ["serve", "--api-key", ""],
     ],

@@ -30,6 +30,19 @@ def test_loss_and_gradients(tokens: int, vocab: int, block: int | None, softcap:
     torch.testing.assert_close(gradients[1], head.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_it_is_the_same():
+    torch.manual_seed(5)
+    hidden, head = torch.randn(50, 24, requires_grad=True), torch.randn(33, 24, requires_grad=True)
+    targets = torch.randint(0, 33, (50,))
+    targets[::3] = -1
+    results = []
+    for compiled in (False, True):
+        loss = cross_entropy(hidden, head, targets, softcap=5.0, block=16, compiled=compiled)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (hidden, head))))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
 def test_no_target_counts():
     hidden = torch.randn(4, 8, requires_grad=True)
     head = torch.randn(5, 8, requires_grad=True)

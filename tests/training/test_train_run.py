@@ -117,6 +117,15 @@ def test_options_that_change_no_loss(recipe_file: Path, tmp_path: Path):
         assert losses(tmp_path / override) == pytest.approx(losses(whole.folder), rel=1e-6), override
 
 
+@pytest.mark.slow
+def test_compiled_it_is_the_same_run_but_for_rounding(recipe_file: Path, tmp_path: Path):
+    longer = ["data.context=160", "train.precision=bf16", "report.evaluate_tokens=1280"]  # more than a block of keys
+    eager = train(load_recipe(recipe_file, longer), out=tmp_path / "eager")
+    compiled = train(load_recipe(recipe_file, [*longer, "train.compile=true"]), out=tmp_path / "compiled")
+    assert losses(compiled.folder) == pytest.approx(losses(eager.folder), abs=0.05)
+    assert weights(compiled.folder).keys() == weights(eager.folder).keys()
+
+
 def test_a_loss_that_is_no_number_stops_with_the_step_and_the_place(recipe_file: Path, tmp_path: Path):
     recipe = load_recipe(recipe_file, ["train.clip=1.0"])
     recipe = recipe.model_copy(update={"optimizer": tuple(o.model_copy(update={"lr": 1e30}) for o in recipe.optimizer)})

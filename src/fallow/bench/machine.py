@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,21 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "load_average": os.getloadavg()[0],
     }
+
+
+def commit() -> str:
+    """The commit of this code, ``-changed`` where files of it differ; its version where it is no checkout."""
+    folder = Path(__file__).parents[1]
+    try:
+        found = _git(folder, "rev-parse", "--short", "HEAD")
+        return found + ("-changed" if _git(folder, "status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return version("fallow")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _field(file: str, name: str) -> str | None:

@@ -169,9 +169,12 @@ class _Worker:
             raise ValueError(f"there is no operation {request['op']!r}")
 
 
-def serve(load: Callable[[WorkerOptions], Backend]) -> None:
-    """Speak the protocol until the input ends. ``load`` makes the engine out of the options of the first line."""
-    # Libraries print to descriptor 1; the answers get one of their own.
+Say = Callable[[dict[str, Any]], None]
+"""Writes one message of a worker."""
+
+
+def _messages() -> Say:
+    """Libraries print to descriptor 1; the messages get one of their own."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -179,6 +182,22 @@ def serve(load: Callable[[WorkerOptions], Backend]) -> None:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
+    return say
+
+
+def do_job(run: Callable[[dict[str, Any], Say], dict[str, Any]]) -> None:
+    """One job instead of requests: the only line of the input is given to ``run``, whose result is the last message."""
+    say = _messages()
+    try:
+        say({"done": run(json.loads(sys.stdin.readline()), say)})
+    except Exception as error:
+        traceback.print_exc()
+        say({"error": f"{type(error).__name__}: {error}"})
+
+
+def serve(load: Callable[[WorkerOptions], Backend]) -> None:
+    """Speak the protocol until the input ends. ``load`` makes the engine out of the options of the first line."""
+    say = _messages()
     worker: _Worker | None = None
     for line in sys.stdin:
         try:

@@ -64,7 +64,10 @@ def bench(
     ] = None,
     json: Json = False,
 ) -> None:
-    """The cost table of MODEL, ours and the peers', in one run."""
+    """The cost table of MODEL, ours and the peers', in one run.
+
+    "fallow bench train RECIPE" compares trainings instead; it has a help of its own.
+    """
     if trace is None and (trace_only or endpoint is not None):
         raise typer.BadParameter("--trace-only and --endpoint need --trace FILE")
     if trace_only and (quick or quality_only or text is not None or quality_tokens is not None):

@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812  the name that everybody knows
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fallow.models.attention import blocks_are_faster, causal_attention
 from fallow.models.config import ModelConfig
 from fallow.models.rope import rope_table
 
@@ -101,15 +102,14 @@ class Layer(nn.Module):
             values = values + self.value_embeddings(tokens).type_as(values)
         q = _rotated(self.q_norm(self.q_proj(x).view(shape)), rope)
         k = _rotated(self.k_norm(self.k_proj(x).view(shape)), rope)
-        attended = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            values.view(shape).transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.attention_scale,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, values.view(shape)))  # [batch, heads, tokens, head_dim]
+        grouped = q.shape[1] != k.shape[1]
+        if mask is None and not grouped and blocks_are_faster(q):
+            attended = causal_attention(q, k, v, self.attention_scale)
+        else:
+            attended = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.attention_scale, enable_gqa=grouped
+            )
         out: Tensor = self.o_proj(attended.transpose(1, 2).reshape(*x.shape[:2], -1))
         return out
 
@@ -139,6 +139,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.compute = compute
+        self.is_compiled = False
         self.checkpoint_layers = False  # compute each layer again in the backward pass: less memory, a third more work
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
@@ -167,6 +168,12 @@ class Decoder(nn.Module):
                 else:
                     std = output_std if part in ("o_proj", "down_proj") else _INITIAL_STD
                     parameter.normal_(0.0, std, generator=generator)
+
+    def compile_layers(self) -> None:
+        """Compile each layer by itself: those that are alike share what was compiled for the first."""
+        self.is_compiled = True
+        for layer in self.layers:
+            layer.compile()
 
     @property
     def down_projections(self) -> list[Linear]:

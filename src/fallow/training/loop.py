@@ -36,7 +36,7 @@ from fallow.training.schedule import BatchSize, LearningRate
 from fallow.training.sharding import place, reshard, whole_on_first
 from fallow.training.step import Step
 from fallow.training.validation import Validation, validate
-from fallow.training.watch import LossWatch
+from fallow.training.watch import DivergedError, LossWatch
 
 _MOST_ROLLBACKS = 3
 
@@ -284,7 +284,7 @@ class Trainer:
         checkpoint = self.checkpoints.latest()
         if self.recipe.train.on_bad_step == "stop" or checkpoint is None or self.state.rollbacks >= _MOST_ROLLBACKS:
             kept = f"the checkpoint of step {checkpoint.step} is kept" if checkpoint else "there is no checkpoint yet"
-            raise FallowError(f'{sentence}; {kept}. Lower the learning rate, or set train.on_bad_step = "rollback".')
+            raise DivergedError(f'{sentence}; {kept}. Lower the learning rate, or set train.on_bad_step = "rollback".')
         rollbacks, skipped = self.state.rollbacks + 1, self.state.skipped
         self._restore(checkpoint)
         # Sequences from the checkpoint to the bad batch, it included, are not seen again.

@@ -6,18 +6,23 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fallow.errors import FallowError
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Part of a file of settings: no unknown keys, no guessed types."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class ModelRecipe(_Section):
+_Kind = TypeVar("_Kind", bound=Section)
+
+
+class ModelRecipe(Section):
     """The decoder that is trained: a new one of these sizes, or with ``start`` one that exists, as it is."""
 
     start: str | None = None  # a folder, a GGUF file, a known name or a hub id: it is tuned, not begun anew
@@ -44,7 +49,7 @@ class ModelRecipe(_Section):
         return self
 
 
-class LoraRecipe(_Section):
+class LoraRecipe(Section):
     """Adapters that are trained in place of the weights of ``model.start``."""
 
     rank: int = Field(16, ge=1)
@@ -53,7 +58,7 @@ class LoraRecipe(_Section):
     targets: tuple[str, ...] = Field(("*_proj",), min_length=1)  # patterns of layers.0.q_proj and so on
 
 
-class DataRecipe(_Section):
+class DataRecipe(Section):
     """Texts, their tokenizer, and how they are cut."""
 
     train: str = "python-stdlib"
@@ -65,7 +70,7 @@ class DataRecipe(_Section):
     isolate_documents: bool = False
 
 
-class OptimizerRecipe(_Section):
+class OptimizerRecipe(Section):
     """One optimizer and the parameters that it gets: ``parameters`` are patterns of names, the first rule that has one
     which matches wins. Hyperparameters that an optimizer does not have are refused."""
 
@@ -80,7 +85,7 @@ class OptimizerRecipe(_Section):
     cautious: bool | None = None
 
 
-class TrainRecipe(_Section):
+class TrainRecipe(Section):
     """The loop. ``tokens`` are those of the whole run; shares are of its steps."""
 
     tokens: int = Field(ge=1)
@@ -102,7 +107,7 @@ class TrainRecipe(_Section):
     seed: int = Field(0, ge=0)
 
 
-class RestRecipe(_Section):
+class RestRecipe(Section):
     """Training to rest: the penalty on feed-forward neurons that are not zero. Shares are of the steps."""
 
     l1: float = Field(0.0, ge=0)  # nats for each unit of a token's summed neurons; 0: no penalty
@@ -110,7 +115,7 @@ class RestRecipe(_Section):
     full_share: float = Field(0.1, ge=0, le=1)  # and when it is there as a whole
 
 
-class ReportRecipe(_Section):
+class ReportRecipe(Section):
     """What is looked at and kept while it runs; in steps, 0 for never."""
 
     evaluate_every: int = Field(100, ge=0)
@@ -124,7 +129,7 @@ class ReportRecipe(_Section):
     tensorboard: bool = True
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe."""
 
     name: str
@@ -148,19 +153,29 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises ``FallowError`` with a sentence for each mistake.
     """
-    try:
-        document: dict[str, Any] = tomllib.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise FallowError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FallowError(f"The recipe {path} is not TOML: {error}.") from error
+    document = read_toml(path)
     for override in overrides:
         _lay_over(document, override)
+    return checked(Recipe, document, f"The recipe {path}")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as it stands. Raises ``FallowError``."""
     try:
-        return Recipe.model_validate(document, strict=False)
+        return tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise FallowError(f"The file {path} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FallowError(f"The file {path} is not TOML: {error}.") from error
+
+
+def checked(kind: type[_Kind], document: Mapping[str, Any], where: str) -> _Kind:
+    """``document`` as a ``kind``. Raises ``FallowError`` with a sentence for each mistake in ``where``."""
+    try:
+        return kind.model_validate(document, strict=False)
     except ValidationError as error:
-        mistakes = " ".join(_sentence(mistake, document) for mistake in error.errors())
-        raise FallowError(f"The recipe {path} cannot be used: {mistakes}") from None
+        mistakes = " ".join(_sentence(kind, mistake) for mistake in error.errors())
+        raise FallowError(f"{where} cannot be used: {mistakes}") from None
 
 
 def _lay_over(document: dict[str, Any], override: str) -> None:
@@ -180,22 +195,22 @@ def _lay_over(document: dict[str, Any], override: str) -> None:
     table[name] = value
 
 
-def _sentence(mistake: Mapping[str, Any], document: Mapping[str, Any]) -> str:
+def _sentence(kind: type[Section], mistake: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in mistake["loc"])
     match mistake["type"]:
         case "missing":
             return f"{where} is missing."
         case "extra_forbidden":
-            return f"{where} is not known{_suggestion(mistake['loc'])}"
+            return f"{where} is not known{_suggestion(kind, mistake['loc'])}"
         case "value_error":  # a rule of ours between several keys
             return f"{mistake['ctx']['error']}."
         case _:
             return f"{where} is {mistake['input']!r:.60}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}."
 
 
-def _suggestion(place: tuple[int | str, ...]) -> str:
+def _suggestion(kind: type[Section], place: tuple[int | str, ...]) -> str:
     """The known key that looks most like the one that is not."""
-    section: Any = Recipe
+    section: Any = kind
     for part in place[:-1]:
         if isinstance(part, str):
             annotation = section.model_fields[part].annotation

@@ -26,7 +26,7 @@ def place(decoder: Decoder, processes: Processes, *, compiled: bool) -> None:
     decoder.to(processes.device)
     if processes.mesh is None:
         if compiled:
-            decoder.compile()
+            decoder.compile_layers()
         return
     for layer in decoder.layers:
         if compiled:  # not the module: the hooks that gather it are no part of the graph

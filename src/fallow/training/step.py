@@ -103,7 +103,11 @@ class Step:
         hidden = self.decoder(inputs, documents)
         targets = torch.from_numpy(batch.counted_targets()[part]).to(device)
         return cross_entropy(
-            hidden.flatten(0, 1), self.decoder.head, targets.flatten(), softcap=self.decoder.config.logit_softcap
+            hidden.flatten(0, 1),
+            self.decoder.head,
+            targets.flatten(),
+            softcap=self.decoder.config.logit_softcap,
+            compiled=self.decoder.is_compiled,
         )
 
     def _first_bad_gradient(self) -> str | None:

@@ -9,10 +9,16 @@ from statistics import fmean, pstdev
 
 from torch import Tensor
 
+from fallow.errors import FallowError
+
 _WINDOW = 64
 _FEWEST = 16
 _DEVIATIONS = 8.0
 _SMALLEST_LEAP = 0.5  # nats: noise of small batches stays below
+
+
+class DivergedError(FallowError):
+    """The loss or a gradient is lost, and the run was stopped before the update."""
 
 
 class LossWatch:
