@@ -148,7 +148,7 @@ def test_the_baseline_sees_our_model_and_our_windows_in_our_order(
 ):
     said = hf_trainer(recipe, corpus, tmp_path, steps=5, precision=precision)  # its rate moves no weight
     decoder = new_decoder(recipe, corpus.tokenizer)
-    step = Step(decoder, micro_batch=None, clip=None)
+    step = Step(decoder, (), micro_batch=None, clip=None)
     losses = [step.gradients(corpus.train.batch(4 * i, 4))[0] for i in range(5)]
     assert abs(losses[0] - losses[-1]) > 1e-3
     assert said["first_loss"] == pytest.approx(losses[0], abs=tolerance)
