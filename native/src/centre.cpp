@@ -77,14 +77,16 @@ void Program::centre(const std::vector<int32_t>& tokens) {
         const Task& t = *static_cast<Task*>(context);
         Program& p = *t.program;
         std::vector<float> row;
-        for (const auto& [centre, weights, bias] : *t.products) {
+        for (const auto& [weights, gains] : *t.products) {
           const PackedLinear& w = *p.weights_[weights];
           row.resize(w.in_features);
           for (int r = thread; r < w.tiles * lanes; r += p.pool_.size()) {
             unpack_row(w, r, row.data());
-            double product = 0;
-            for (int k = 0; k < w.in_features; ++k) product -= static_cast<double>(p.vectors_[centre][k]) * row[k];
-            p.vectors_[bias][r] += static_cast<float>(product);
+            for (const auto& [centre, bias] : gains) {
+              double product = 0;
+              for (int k = 0; k < w.in_features; ++k) product -= static_cast<double>(p.vectors_[centre][k]) * row[k];
+              p.vectors_[bias][r] += static_cast<float>(product);
+            }
           }
         }
       },
@@ -113,11 +115,12 @@ void Program::centre_norm(size_t index, const Sums& totals, int sequences, int l
     if (linear != nullptr && live.count(linear->activations) > 0) linears.push_back(linear);
   }
   norm.centre = add_vector(others);
+  const size_t before = products.size();
   for (op::Linear* linear : linears) {
     const int bias = add_vector(std::vector<float>(weights_[linear->weights]->tiles * lanes));
     if (linear->bias >= 0) std::copy(vectors_[linear->bias].begin(), vectors_[linear->bias].end(), vectors_[bias].begin());
     linear->bias = bias;
-    products.push_back({norm.centre, linear->weights, bias});
+    products.push_back({linear->weights, {{norm.centre, bias}}});
   }
   // What a linear has put through an activation can take no more: there the first token is centred as all others are.
   const auto is_sum = [](const op::Linear* linear) { return linear->epilogue == Epilogue::store || linear->epilogue == Epilogue::add; };
@@ -126,9 +129,9 @@ void Program::centre_norm(size_t index, const Sums& totals, int sequences, int l
   std::vector<float> beyond(first.size());
   std::transform(first.begin(), first.end(), others.begin(), beyond.begin(), std::minus<>());
   const int difference = add_vector(std::move(beyond));
-  for (op::Linear* linear : linears) {
-    linear->first_bias = add_vector(std::vector<float>(weights_[linear->weights]->tiles * lanes));
-    products.push_back({difference, linear->weights, linear->first_bias});
+  for (size_t i = 0; i < linears.size(); ++i) {
+    linears[i]->first_bias = add_vector(std::vector<float>(weights_[linears[i]->weights]->tiles * lanes));
+    products[before + i].gains.emplace_back(difference, linears[i]->first_bias);
   }
 }
 

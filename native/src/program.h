@@ -169,9 +169,10 @@ class Program {
   };
   void add_to_sums(int position, const float* normed, Sums& sums) const;
   void add_to_totals(int index, const Sums& sums);
-  // A bias that gains minus the product of a centre with weights.
+  // Biases of a linear, each of which gains minus the product of a centre with the weights.
   struct Product {
-    int centre, weights, bias;
+    int weights;
+    std::vector<std::pair<int, int>> gains;  // centre, bias
   };
   void centre_norm(size_t index, const Sums& totals, int sequences, int length, std::vector<Product>& products);
   void find_runs();
