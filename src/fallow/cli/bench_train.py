@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fallow.cli.options import Json, Threads, example
+from fallow.cli.options import Json, Overrides, RecipeFile, Threads, example
 from fallow.terminal import note, print_json, progress
 
 EXAMPLE = example(
@@ -16,10 +16,8 @@ EXAMPLE = example(
 
 
 def bench_train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/speedrun.toml.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key of the recipe.")
-    ] = None,
+    recipe: RecipeFile,
+    override: Overrides = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each side, each with a seed of its own.")] = 3,
     tune: Annotated[
         Literal["baseline", "baseline-muon", "ours", "free"] | None,

@@ -27,6 +27,11 @@ Threads = Annotated[
     typer.Option(min=1, show_default="as many as cores may be used", help="Threads of the engine."),
 ]
 
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/quick.toml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key of the recipe.")
+]
+
 
 def example(*lines: str) -> str:
     """The end of a command's help: what to type."""

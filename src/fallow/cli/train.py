@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fallow.cli.options import Json
+from fallow.cli.options import Json, Overrides, RecipeFile
 from fallow.terminal import note, print_fields, print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/quick.toml.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key of the recipe.")
-    ] = None,
+    recipe: RecipeFile,
+    override: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", show_default="runs/NAME", help="The folder of the run.")
     ] = None,
