@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fallow.errors import FallowError
+from fallow.files import append_json_line, whole_lines
 from fallow.terminal import note
 from fallow.training.corpus import open_corpus
 from fallow.training.loop import StepReport, Trainer
@@ -33,8 +34,7 @@ def arguments(description: str | None, runs: str) -> argparse.Namespace:
 
 def finished(results: Path) -> dict[str, dict[str, Any]]:
     """The lines of the file by the name of their trial, in order."""
-    lines = results.read_text().splitlines() if results.is_file() else []
-    return {line["trial"]: line for line in map(json.loads, lines)}
+    return {line["trial"]: line for line in map(json.loads, whole_lines(results))}
 
 
 def run_missing(
@@ -46,8 +46,7 @@ def run_missing(
         if name in finished(results) or left == 0:
             continue
         line = {"trial": name, **facts, **_run(recipe, options.runs / name)}
-        with results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_json_line(results, line)
         shutil.rmtree(options.runs / name)
         note(f"{name}: {line['bits_per_byte'] or 'lost'} bits per byte")
         left = None if left is None else left - 1

@@ -20,8 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trials import finished
+
 from fallow.bench.environment import peer_python
 from fallow.bench.peers.transformers import Transformers
+from fallow.files import append_json_line
 from fallow.terminal import note, print_table
 
 HERE = Path(__file__).parent
@@ -74,7 +77,7 @@ def _run_missing(options: argparse.Namespace) -> None:
     work: Path = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     text = {name: str((options.data / f"books-{name}.jsonl.gz").resolve()) for name in ("train", "valid")}
-    missing = [run for run in RUNS if run.name not in _finished() and options.only in (None, run.name)]
+    missing = [run for run in RUNS if run.name not in finished(RESULTS) and options.only in (None, run.name)]
     if missing and not (work / "start").is_dir():
         _ours("prepare", {**text, "work": str(work), "steps": STEPS}, options.threads)
     for run in missing:
@@ -85,12 +88,11 @@ def _run_missing(options: argparse.Namespace) -> None:
         else:
             job = {**text, "out": str(folder), "overrides": run.overrides, "steps": run.steps}
             peak, facts = _ours("tune", job, options.threads)
-        line = {"run": run.name, "steps": run.steps, "threads": options.threads, "peak_memory_bytes": peak, **facts}
+        line = {"trial": run.name, "steps": run.steps, "threads": options.threads, "peak_memory_bytes": peak, **facts}
         if run.steps == STEPS:
             model = folder if run.overrides is None else folder / "model"
             line |= _ours("score", {**text, "model": str(model)}, options.threads)[1]
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_json_line(RESULTS, line)
 
 
 def _baseline(run: Run, folder: Path, work: Path, threads: int) -> tuple[int, dict[str, Any]]:
@@ -131,13 +133,8 @@ def _peak_of(command: list[str], threads: int) -> int:
     return usage.ru_maxrss * 1024
 
 
-def _finished() -> dict[str, dict[str, Any]]:
-    lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else []
-    return {line["run"]: line for line in map(json.loads, lines)}
-
-
 def _print_table() -> None:
-    runs = _finished()
+    runs = finished(RESULTS)
     baseline = runs.get(BASELINE)
     rows = []
     for run in runs.values():
@@ -147,7 +144,7 @@ def _print_table() -> None:
         last = f"{sum(run['losses'][-20:]) / 20:.4f}" if scored else ""
         loss = f"{scored:.4f}" if scored else ""
         seconds = f"{run['seconds'] / run['steps']:.1f}"
-        rows.append([run["run"], f"{run['peak_memory_bytes'] / 1e6:,.0f}", share, loss, behind, last, seconds])
+        rows.append([run["trial"], f"{run['peak_memory_bytes'] / 1e6:,.0f}", share, loss, behind, last, seconds])
     names = ("peak MB", "of HF's", "loss, other books", "to HF", "loss, last 20 steps", "s a step")
     print_table({"run": "left", **dict.fromkeys(names, "right")}, rows)
 

@@ -11,7 +11,16 @@ from typing import BinaryIO
 import pytest
 
 from fallow.errors import FallowError
-from fallow.files import locked, locked_or_refused, move_into_place, replacing, replacing_folder, write_json
+from fallow.files import (
+    append_json_line,
+    locked,
+    locked_or_refused,
+    move_into_place,
+    replacing,
+    replacing_folder,
+    whole_lines,
+    write_json,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -135,3 +144,14 @@ def test_json_is_written_and_read(tmp_path: Path) -> None:
     value = {"a": [1, 2.5, None], "b": "ü"}
     write_json(tmp_path / "x.json", value)
     assert json.loads((tmp_path / "x.json").read_bytes()) == value
+
+
+def test_a_line_that_was_cut_short_is_not_there_and_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "lines.jsonl"
+    assert whole_lines(path) == []
+    append_json_line(path, {"first": 1})
+    with path.open("ab") as file:
+        file.write(b'{"second"')
+    assert whole_lines(path) == [b'{"first": 1}']
+    append_json_line(path, {"third": "ü"})
+    assert [json.loads(line) for line in whole_lines(path)] == [{"first": 1}, {"third": "ü"}]

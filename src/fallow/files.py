@@ -76,6 +76,24 @@ def write_json(path: Path, value: object) -> None:
         os.fsync(file.fileno())
 
 
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that ``append_json_line`` writes, none where there is no file. What follows the last end of
+    line was being written when its process was killed."""
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+
+def append_json_line(path: Path, value: object) -> None:
+    """Add a line to a file that several processes may add to; it is on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(value).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def sync_file(path: Path) -> None:
     """Put a file's content on disk."""
     with path.open("rb") as file:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fallow.errors import FallowError
+from fallow.files import append_json_line, whole_lines
 
 Record = dict[str, Any]
 IDENTITY = ("side", "config", "seed", "tokens", "corpus")
@@ -24,11 +23,7 @@ class Records:
 
     def all(self) -> list[Record]:
         """In the order in which they were added. Raises ``FallowError`` where the file is not what was written."""
-        if not self.path.is_file():
-            return []
-        # What follows the last end of line was being written when its process was killed.
-        lines = self.path.read_bytes().split(b"\n")[:-1]
-        return [self._parsed(number, line) for number, line in enumerate(lines, 1)]
+        return [self._parsed(number, line) for number, line in enumerate(whole_lines(self.path), 1)]
 
     def find(self, wanted: Mapping[str, Any], *, same_speed: bool) -> Record | None:
         """The last record with the ``IDENTITY`` of ``wanted``; unless ``same_speed``, whatever was compiled."""
@@ -37,14 +32,7 @@ class Records:
 
     def add(self, record: Record) -> None:
         """Append ``record``; it is on disk when this returns."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_json_line(self.path, record)
 
     def _parsed(self, number: int, line: bytes) -> Record:
         try:
