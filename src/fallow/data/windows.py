@@ -34,6 +34,17 @@ class Batch:
         """``targets``, with ``NOT_COUNTED`` where one does not count, ``[sequences, context]``."""
         return self.targets if self.scored is None else np.where(self.scored, self.targets, NOT_COUNTED)
 
+    def in_bags(self, size: int) -> Batch:
+        """``size`` tokens that follow one another as one position, whose targets are the tokens of the next one:
+        ``inputs`` and ``targets`` are ``[sequences, context / size, size]``. Targets beyond the window do not count."""
+        sequences, context = self.inputs.shape
+        assert self.documents is None
+        assert context % size == 0
+        following = np.full((sequences, context), NOT_COUNTED, dtype=self.targets.dtype)
+        following[:, : context - size + 1] = self.counted_targets()[:, size - 1 :]
+        shape = (sequences, context // size, size)
+        return Batch(self.inputs.reshape(shape), following.reshape(shape))
+
 
 class Windows:
     """The corpus cut into windows of ``context`` tokens that do not overlap, shuffled anew in each epoch.

@@ -99,7 +99,7 @@ class Layer(nn.Module):
         shape = (*x.shape[:2], -1, self.head_dim)  # [batch, tokens, heads, head_dim]
         values = self.v_proj(x)
         if self.value_embeddings is not None:
-            values = values + self.value_embeddings(tokens).type_as(values)
+            values = values + _embedded(self.value_embeddings, tokens).type_as(values)
         q = _rotated(self.q_norm(self.q_proj(x).view(shape)), rope)
         k = _rotated(self.k_norm(self.k_proj(x).view(shape)), rope)
         q, k, v = (x.transpose(1, 2) for x in (q, k, values.view(shape)))  # [batch, heads, tokens, head_dim]
@@ -112,6 +112,12 @@ class Layer(nn.Module):
             )
         out: Tensor = self.o_proj(attended.transpose(1, 2).reshape(*x.shape[:2], -1))
         return out
+
+
+def _embedded(embeddings: nn.Embedding, tokens: Tensor) -> Tensor:
+    """``[batch, tokens, width]``; of a bag the mean."""
+    found: Tensor = embeddings(tokens)
+    return found if tokens.ndim == 2 else found.mean(2)  # noqa: PLR2004
 
 
 def _above_threshold(x: Tensor, quantile: float) -> Tensor:
@@ -186,12 +192,13 @@ class Decoder(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        """``tokens`` int64 ``[batch, tokens]`` → normalised hidden states ``[batch, tokens, hidden]``.
+        """``tokens`` int64 ``[batch, tokens]`` → normalised hidden states ``[batch, tokens, hidden]``; or bags of tokens
+        ``[batch, tokens, bag]``, each of which is one position (``SuperpositionRecipe``).
 
         ``documents`` numbers the documents of each sequence, ``[batch, tokens]``: attention stays within one.
         """
         config = self.config
-        x = first = self.embed_tokens(tokens).to(self.compute) * config.embedding_scale
+        x = first = _embedded(self.embed_tokens, tokens).to(self.compute) * config.embedding_scale
         masks: dict[int | None, Tensor | None] = {}
         for index, layer in enumerate(self.layers):
             window = config.layer_windows[index]

@@ -121,7 +121,10 @@ class Trainer:
         place(decoder, processes, compiled=train.compile)
         self.optimizers = build_optimizers(decoder.named_parameters(), recipe.optimizer)
         sequences = max(train.tokens // recipe.data.context, 1)
-        self.batches, self.steps = BatchSize.planned(sequences, train.batch, train.first_batch, train.ramp_share)
+        if (bags := recipe.superposition) is not None:
+            self.batches, self.steps = BatchSize.superposed(sequences, train.batch, bags.bag, bags.share)
+        else:
+            self.batches, self.steps = BatchSize.planned(sequences, train.batch, train.first_batch, train.ramp_share)
         self.rate = LearningRate(
             train.schedule,
             self.steps,
@@ -228,8 +231,13 @@ class Trainer:
         size = self.batches.at(state.step)
         first = self.batches.before(state.step) + state.skipped
         batch = self.processes.share(self.corpus.train.batch, first, size)
+        bag = self.batches.bag_at(state.step)
+        if bag > 1:
+            batch = batch.in_bags(bag)
+        elif self.batches.bagged == state.step:
+            self._watch = LossWatch()  # what is learnt is another thing now, and so is its loss
         if self._rest is not None:
-            self._rest.prepare(state.step, size * recipe.data.context)
+            self._rest.prepare(state.step, size * recipe.data.context // bag)
         if recipe.lora is not None and recipe.lora.dropout:
             torch.manual_seed(draw_of(recipe.train.seed, state.step))  # what is dropped follows from the step
         factor = self.rate.factor(state.step)
@@ -267,7 +275,7 @@ class Trainer:
                 gradient_norm=taken.gradient_norm,
                 lr=recipe.optimizer[0].lr * factor,
                 tokens_per_s=tokens / used.seconds,
-                mfu=tokens * self._flops / used.seconds / self._peak,
+                mfu=tokens // bag * self._flops / used.seconds / self._peak,
                 joules=joules,
                 seconds=state.seconds,
                 validation=validation,

@@ -29,13 +29,14 @@ def cross_entropy(
 ) -> Tensor:
     """The summed negative log-likelihood (nats, float32) of ``targets``.
 
-    ``hidden [tokens, hidden]``, ``head [vocab, hidden]``, ``targets`` int64 ``[tokens]``; a target below 0 does not
-    count. Products are computed in the type of ``hidden``, the rest in float32. ``softcap`` is that of ``Decoder``,
+    ``hidden [tokens, hidden]``, ``head [vocab, hidden]``, ``targets`` int64 ``[tokens]``, or ``[tokens, n]`` where each
+    has several; a target below 0 does not count. Products are computed in the type of ``hidden``, the rest in float32. ``softcap`` is that of ``Decoder``,
     ``block`` the tokens of a block. What is done to the logits of a block can be ``compiled``: one pass over them
     instead of ten. The gradient can be taken once.
     """
     block = block or max(min(_BLOCK, _LOGITS // head.shape[0]), 1)
     compute = _compiled_block() if compiled else _block
+    targets = targets.view(len(hidden), -1)
     loss: Tensor = _BlockwiseCrossEntropy.apply(hidden, head, targets, softcap, block, compute)  # type: ignore[no-untyped-call]
     return loss
 
@@ -77,22 +78,24 @@ class _BlockwiseCrossEntropy(torch.autograd.Function):
 
 
 def _block(logits: Tensor, targets: Tensor, softcap: float | None, needs_gradient: bool) -> tuple[Tensor, Tensor]:
-    """The summed loss of a block and the gradient of its logits, in the type of ``logits``."""
+    """The summed loss of a block and the gradient of its logits, in the type of ``logits``; ``targets [tokens, n]``."""
     wide = logits.float()
     if softcap is not None:
         capped = torch.tanh(wide / softcap)
         wide = softcap * capped
     counts = targets >= 0
-    chosen = targets.clamp_min(0)[:, None]
+    chosen = targets.clamp_min(0)
     normaliser = wide.logsumexp(-1, keepdim=True)
-    loss = torch.where(counts, (normaliser - wide.gather(-1, chosen))[:, 0], 0.0).sum()
+    loss = torch.where(counts, normaliser - wide.gather(-1, chosen), 0.0).sum()
     if not needs_gradient:
         return loss, logits
-    gradient = wide.sub_(normaliser).exp_()
-    if torch.compiler.is_compiling():  # a comparison becomes part of the one pass, a scatter does not
-        gradient = gradient - (torch.arange(wide.shape[-1], device=wide.device) == chosen).to(gradient.dtype)
+    gradient = wide.sub_(normaliser).exp_() * counts.sum(-1, keepdim=True)
+    if torch.compiler.is_compiling():  # comparisons become part of the one pass, a scatter does not
+        places = torch.arange(wide.shape[-1], device=wide.device)
+        for column in targets.unbind(-1):  # what does not count is no place
+            gradient = gradient - (places == column[:, None]).to(gradient.dtype)
     else:
-        gradient.scatter_add_(-1, chosen, torch.full_like(chosen, -1, dtype=gradient.dtype))
+        gradient.scatter_add_(-1, chosen, -counts.to(gradient.dtype))
     if softcap is not None:
         gradient *= 1 - capped.square()
-    return loss, gradient.masked_fill_(~counts[:, None], 0.0).to(logits.dtype)
+    return loss, gradient.to(logits.dtype)

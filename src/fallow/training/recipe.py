@@ -107,6 +107,15 @@ class TrainRecipe(Section):
     seed: int = Field(0, ge=0)
 
 
+class SuperpositionRecipe(Section):
+    """Token superposition (arXiv 2605.06546): over the first ``share`` of the steps a position of the model is a bag of
+    ``bag`` tokens that follow one another, seen as the mean of their embeddings, and what is learnt is the next bag, so
+    a step of as many positions reads ``bag`` times the text."""
+
+    bag: int = Field(4, ge=2)
+    share: float = Field(0.3, gt=0, lt=1)
+
+
 class RestRecipe(Section):
     """Training to rest: the penalty on feed-forward neurons that are not zero. Shares are of the steps."""
 
@@ -140,11 +149,25 @@ class Recipe(Section):
     rest: RestRecipe = RestRecipe()
     report: ReportRecipe = ReportRecipe()
     lora: LoraRecipe | None = None
+    superposition: SuperpositionRecipe | None = None
 
     @model_validator(mode="after")
     def _adapters_have_a_model(self) -> Self:
         if self.lora is not None and self.model.start is None:
             raise ValueError("[lora] adapts a model that exists: say which with model.start")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_are_bags(self) -> Self:
+        if self.superposition is None:
+            return self
+        bag = self.superposition.bag
+        if self.data.context % bag:
+            raise ValueError(f"superposition.bag is {bag}, which does not divide data.context = {self.data.context}")
+        if self.data.isolate_documents:
+            raise ValueError("[superposition] lets a bag hold the end of a document: set data.isolate_documents to false")
+        if self.train.first_batch:
+            raise ValueError("[superposition] has a batch of its own at the beginning: leave train.first_batch out")
         return self
 
 

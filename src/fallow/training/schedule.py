@@ -39,16 +39,31 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class BatchSize:
-    """Sequences a step: ``first`` at the beginning, then rising in equal steps to ``last`` over ``ramp`` steps."""
+    """Sequences a step: ``first`` at the beginning, then rising in equal steps to ``last`` over ``ramp`` steps; or
+    ``bag`` times ``last`` in each of the first ``bagged`` steps (token superposition), and then ``last``."""
 
     last: int
     first: int = 0
     ramp: int = 0
+    bag: int = 1
+    bagged: int = 0
+
+    def bag_at(self, step: int) -> int:
+        """How many tokens are one position of the model."""
+        return self.bag if step < self.bagged else 1
 
     def at(self, step: int) -> int:
+        if step < self.bagged:
+            return self.bag * self.last
         if step >= self.ramp or not self.first:
             return self.last
         return self.first + (self.last - self.first) * step // self.ramp
+
+    @staticmethod
+    def superposed(sequences: int, last: int, bag: int, share: float) -> tuple[BatchSize, int]:
+        """The batch sizes of a run over ``sequences``, and its steps, ``share`` of which take bags."""
+        steps = max(math.ceil(sequences / (last * (1 + (bag - 1) * share))), 1)
+        return BatchSize(last, bag=bag, bagged=round(share * steps)), steps
 
     @staticmethod
     def planned(sequences: int, last: int, first: int, share: float) -> tuple[BatchSize, int]:
@@ -61,4 +76,5 @@ class BatchSize:
     def before(self, step: int) -> int:
         """Sequences of all steps before ``step``: where the run is in its data."""
         ramped = min(step, self.ramp) if self.first else 0
-        return sum(self.at(i) for i in range(ramped)) + (step - ramped) * self.last
+        in_bags = min(step, self.bagged) * (self.bag - 1) * self.last
+        return sum(self.at(i) for i in range(ramped)) + (step - ramped) * self.last + in_bags

@@ -50,7 +50,8 @@ class Step:
         self.processes = processes
 
     def take(self, batch: Batch, watch: LossWatch) -> StepResult:
-        """One update at the rates that the optimizers have. ``batch`` is this process's share, of one size in all.
+        """One update at the rates that the optimizers have. ``batch`` is this process's share, of one size in all, and
+        may be in bags.
 
         Where ``watch`` complains about the loss, no weight has changed. Where it complains about the gradient, none has
         either, unless updates are fused: then parameters nearer the loss than the bad gradient have had theirs.
@@ -75,7 +76,8 @@ class Step:
         """
         sequences = len(batch.inputs)
         count = self.processes.total(_counted(batch))
-        size = self.micro_batch or sequences
+        bag = batch.inputs.shape[2] if batch.inputs.ndim == 3 else 1  # noqa: PLR2004
+        size = self.micro_batch * bag if self.micro_batch else sequences  # as many positions as without bags
         loss = 0.0
         for first in range(0, sequences, size):
             mean = self._loss(batch, slice(first, first + size)) / max(count, 1)
@@ -105,7 +107,7 @@ class Step:
         return cross_entropy(
             hidden.flatten(0, 1),
             self.decoder.head,
-            targets.flatten(),
+            targets.flatten(0, 1),
             softcap=self.decoder.config.logit_softcap,
             compiled=self.decoder.is_compiled,
         )
