@@ -14,7 +14,8 @@ ABOVE = {
     **{"models": 2, "plan.py": 1, "files.py": 1},
 }
 # What needs PyTorch; nothing else may import it, nor one of these modules, so that what serves stays without it.
-WITH_TORCH = {"bench", "training", "models/attention.py", "models/decoder.py", "models/decoder_weights.py"}
+_WITH_TORCH = ("attention", "decoder", "decoder_weights", "page_choice")
+WITH_TORCH = {"bench", "training", *(f"models/{name}.py" for name in _WITH_TORCH)}
 
 
 def section(layer: str) -> str:
@@ -52,7 +53,7 @@ def test_imports_go_down():
             continue  # the names of the package, and its command line
         for module in imports(path):
             root, _, rest = module.partition(".")
-            uses_torch = root == "torch" or module.startswith(("fallow.models.decoder", "fallow.models.attention"))
+            uses_torch = root == "torch" or module.removeprefix("fallow.models.") in _WITH_TORCH
             place = path.relative_to(PACKAGE).as_posix()
             assert not uses_torch or {layer, place} & WITH_TORCH, f"{path} imports PyTorch"
             other = rest.partition(".")[0]

@@ -26,10 +26,11 @@ def test_a_plan_survives_the_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_only_the_dense_plan_can_be_served() -> None:
-    SparsityPlan.dense().require_dense()
-    with pytest.raises(FallowError, match="axis ffn, input, head"):
-        PLAN.require_dense()
+def test_an_axis_that_cannot_be_run_is_refused() -> None:
+    SparsityPlan.dense().require_axes(())
+    PLAN.require_axes(("ffn", "input", "head"))
+    with pytest.raises(FallowError, match="axis ffn, head, which"):
+        PLAN.require_axes(("input",))
 
 
 @pytest.mark.parametrize(

@@ -98,15 +98,18 @@ NumpyFloats above_threshold(const std::string& isa, const Matrix& x, float quant
 }
 
 // Rotates and caches `qkv` [tokens][(heads + 2 kv_heads) * head_dim] in pages that are in no order, then attends with
-// the last `queries` tokens. Garbage (NaN) fills what is not written.
-NumpyFloats attention(const std::string& isa, const Matrix& qkv, const Matrix& table, int num_heads, int num_kv_heads, int head_dim, int rotary_dim,
-                      int queries, int window, float scale) {
+// the last `queries` tokens. Garbage (NaN) fills what is not written. With `top_pages`, of each KV head, pages are chosen
+// among those that are not the first `sink_pages` or the last `recent_pages`; [queries][kv heads][pages] says which.
+nb::tuple attention(const std::string& isa, const Matrix& qkv, const Matrix& table, int num_heads, int num_kv_heads, int head_dim, int rotary_dim,
+                    int queries, int window, float scale, int sink_pages, int recent_pages, const std::vector<int>& top_pages) {
   const Kernels& kernels = kernels_of(isa);
-  const KvLayout layout{num_heads, num_kv_heads, head_dim};
+  const bool chooses = !top_pages.empty();
+  const KvLayout layout{num_heads, num_kv_heads, head_dim, chooses};
   const int tokens = static_cast<int>(qkv.shape(0));
   if (num_kv_heads <= 0 || num_heads % num_kv_heads != 0 || head_dim <= 0 || head_dim > max_head_dim || rotary_dim > head_dim ||
       qkv.shape(1) != static_cast<size_t>((num_heads + 2 * num_kv_heads) * head_dim) || table.shape(0) < qkv.shape(0) ||
-      table.shape(1) != static_cast<size_t>(rotary_dim) || queries <= 0 || queries > tokens) {
+      table.shape(1) != static_cast<size_t>(rotary_dim) || queries <= 0 || queries > tokens ||
+      (chooses && (top_pages.size() != static_cast<size_t>(num_kv_heads) || recent_pages < 1 || sink_pages < 0 || window > 0))) {
     throw std::invalid_argument("shapes do not fit");
   }
   const int pages = (tokens + page_size - 1) / page_size;
@@ -120,6 +123,29 @@ NumpyFloats attention(const std::string& isa, const Matrix& qkv, const Matrix& t
     kernels.rope({layout, t, table.data(), rotary_dim, nullptr, nullptr, 0.f, qkv.data() + t * qkv.shape(1), rotated.as<uint16_t>() + t * query_stride,
                   pool.data() + page_table[t / page_size] * layout.page_bytes()});
   }
+  const size_t segments = (static_cast<size_t>(pages) + segment_pages - 1) / segment_pages;
+  std::vector<uint8_t> chosen(static_cast<size_t>(queries) * num_kv_heads * segments);
+  std::vector<bool> read(static_cast<size_t>(queries) * num_kv_heads * pages);
+  if (chooses) {
+    for (int p = 0; p < tokens / page_size; ++p) {
+      for (int h = 0; h < num_kv_heads; ++h) kernels.summarise(layout, pool.data() + page_table[p] * layout.page_bytes(), h);
+    }
+    Memory choice(page_choice_scratch_floats(layout, pages) * sizeof(float));
+    for (int i = 0; i < queries * num_kv_heads; ++i) {
+      const int h = i % num_kv_heads;
+      const int row = tokens - queries + i / num_kv_heads;
+      const int own = row / page_size;
+      const int first = std::min(sink_pages, own + 1);
+      const int end = std::max(first, own + 1 - recent_pages);
+      uint8_t* bits = chosen.data() + i * segments;
+      for (int p = 0; p <= own; ++p) {
+        if (p < first || p >= end) bits[p / segment_pages] |= static_cast<uint8_t>(1u << p % segment_pages);
+      }
+      const uint16_t* query = rotated.as<uint16_t>() + row * query_stride + static_cast<size_t>(h) * (num_heads / num_kv_heads) * layout.padded_dim();
+      kernels.choose_pages({layout, query, h, scale, pool.data(), layout.page_bytes(), page_table.data(), first, end, top_pages[h]}, bits, choice.as<float>());
+      for (int p = 0; p < pages; ++p) read[static_cast<size_t>(i) * pages + p] = bits[p / segment_pages] >> p % segment_pages & 1;
+    }
+  }
   const int group = num_heads / num_kv_heads;
   const int block = std::max(1, attention_block / group);
   const size_t padded_dim = layout.padded_dim();
@@ -131,7 +157,9 @@ NumpyFloats attention(const std::string& isa, const Matrix& qkv, const Matrix& t
     const int rows = std::min(block, tokens - row);
     for (int h = 0; h < num_kv_heads; ++h) {
       const AttentionTask task{layout, rotated.as<uint16_t>() + row * query_stride, query_stride, h, rows, row, window, scale,
-                               pool.data(), layout.page_bytes(), page_table.data()};
+                               pool.data(), layout.page_bytes(), page_table.data(),
+                               chooses ? chosen.data() + (static_cast<size_t>(row - (tokens - queries)) * num_kv_heads + h) * segments : nullptr,
+                               num_kv_heads * segments};
       std::vector<Partial> partials(attention_block);
       std::vector<Partial> states(attention_block, {-std::numeric_limits<float>::infinity(), 0.f});
       const int begin = (window > 0 ? std::max(0, row + 1 - window) : 0) / segment_tokens;
@@ -148,7 +176,9 @@ NumpyFloats attention(const std::string& isa, const Matrix& qkv, const Matrix& t
       }
     }
   }
-  return owned<float>(std::move(values), {static_cast<size_t>(queries), static_cast<size_t>(num_heads * head_dim)});
+  std::vector<uint8_t> flags(read.begin(), read.end());
+  return nb::make_tuple(owned<float>(std::move(values), {static_cast<size_t>(queries), static_cast<size_t>(num_heads * head_dim)}),
+                        owned<uint8_t>(std::move(flags), {static_cast<size_t>(queries), static_cast<size_t>(num_kv_heads), static_cast<size_t>(pages)}));
 }
 
 }  // namespace
@@ -162,7 +192,7 @@ void bind_kernels(nb::module_& m) {
   m.def("soft_cap", &soft_cap, "isa"_a, "x"_a, "cap"_a);
   m.def("above_threshold", &above_threshold, "isa"_a, "x"_a, "quantile"_a);
   m.def("attention", &attention, "isa"_a, "qkv"_a, "table"_a, nb::kw_only(), "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "rotary_dim"_a,
-        "queries"_a, "window"_a, "scale"_a);
+        "queries"_a, "window"_a, "scale"_a, "sink_pages"_a = 0, "recent_pages"_a = 1, "top_pages"_a = std::vector<int>{});
   m.def(
       "unpack",
       [](const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision) {

@@ -96,8 +96,12 @@ void bind_program(nb::module_& m) {
           },
           "qkv"_a, "table"_a, "rotary_dim"_a, nb::kw_only(), "q_norm"_a = -1, "k_norm"_a = -1, "eps"_a = 0.f, "layer"_a)
       .def(
-          "attention", [](Program& p, int out, int layer, int window, float scale) { p.add(op::Attention{out, layer, window, scale}); },
-          "out"_a, nb::kw_only(), "layer"_a, "window"_a, "scale"_a)
+          "attention",
+          [](Program& p, int out, int layer, int window, float scale, int sink_pages, int recent_pages, const std::vector<int>& top_pages) {
+            p.add(op::Attention{out, layer, window, scale, {sink_pages, recent_pages, top_pages}});
+          },
+          "out"_a, nb::kw_only(), "layer"_a, "window"_a, "scale"_a, "sink_pages"_a = 0, "recent_pages"_a = 0,
+          "top_pages"_a = std::vector<int>{})
       .def("add", [](Program& p, int x, int out) { p.add(op::Add{x, out}); }, "x"_a, "out"_a)
       .def(
           "gate",

@@ -1,5 +1,6 @@
 // Attention of a step: cut into items that threads take one after the other, and merged in order.
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "program.h"
@@ -59,14 +60,18 @@ void Program::list_pages_ahead() {
   constexpr int fewest_rows = 4;  // with fewer, linears wait for their weights
   constexpr int most_rows = 128;  // with more, attention computes longer than it waits
   const size_t most = most_bytes / layout_.page_bytes();
-  for (auto& [window, pages] : pages_ahead_) {
+  for (Reach& reach : reaches_) {
+    const int window = reach.window;
+    std::vector<int32_t>& pages = reach.pages;
     pages.clear();
     if (step_.num_tokens < fewest_rows || step_.num_tokens > most_rows) continue;
     for (int s = step_.num_sequences; s-- > 0;) {
       const int first = step_.start_positions[s];
       const int end = first + step_.row_offsets[s + 1] - step_.row_offsets[s];
       const int low = window > 0 ? std::max(0, first + 1 - window) : 0;
+      const int recent = first / page_size + 1 - reach.recent;
       for (int page = low / page_size; page * page_size < end && pages.size() < most; ++page) {
+        if (reach.chooses && page >= reach.sinks && page < recent) continue;
         pages.push_back(step_.page_table[static_cast<size_t>(s) * step_.table_width + page]);
       }
     }
@@ -76,8 +81,7 @@ void Program::list_pages_ahead() {
 PagesAhead Program::pages_ahead(int index, int thread) const {
   const Ahead& ahead = ahead_[index];
   if (ahead.layer < 0) return {};
-  const auto same = [&](const auto& entry) { return entry.first == ahead.window; };
-  const std::vector<int32_t>& pages = std::find_if(pages_ahead_.begin(), pages_ahead_.end(), same)->second;
+  const std::vector<int32_t>& pages = reaches_[ahead.reach].pages;
   const int first = share(static_cast<int>(pages.size()), thread);
   const int64_t mine = share(static_cast<int>(pages.size()), thread + 1) - first;
   const auto begin = mine * ahead.begin / ahead.total;
@@ -97,7 +101,63 @@ AttentionTask Program::attention_task(const op::Attention& o, const AttentionIte
           o.scale,
           page(o.layer, 0),
           page_bytes(),
-          step_.page_table + static_cast<size_t>(item.sequence) * step_.table_width};
+          step_.page_table + static_cast<size_t>(item.sequence) * step_.table_width,
+          o.choice.top.empty() ? nullptr : chosen(item.row, item.kv_head),
+          static_cast<size_t>(layout_.num_kv_heads) * segments_};
+}
+
+void Program::list_full_pages() {
+  full_pages_.clear();
+  for (int s = 0; s < step_.num_sequences; ++s) {
+    const int begin = step_.start_positions[s];
+    const int end = begin + step_.row_offsets[s + 1] - step_.row_offsets[s];
+    for (int p = begin / page_size; (p + 1) * page_size <= end; ++p) {
+      full_pages_.push_back(step_.page_table[static_cast<size_t>(s) * step_.table_width + p]);
+    }
+  }
+}
+
+void Program::summarise_pages(const op::Attention& o, int thread) {
+  const int count = static_cast<int>(full_pages_.size()) * layout_.num_kv_heads;
+  for (int i = share(count, thread); i < share(count, thread + 1); ++i) {
+    kernels_.summarise(layout_, page(o.layer, full_pages_[i / layout_.num_kv_heads]), i % layout_.num_kv_heads);
+  }
+}
+
+void Program::choose_pages(const op::Attention& o, int row, int kv_head, ThreadScratch& scratch) {
+  const int position = row_position_[row];
+  const int own = position / page_size;
+  const int low = o.window > 0 ? std::max(0, position + 1 - o.window) / page_size : 0;
+  const int first = std::min(std::max(low, o.choice.sinks), own + 1);
+  const int end = std::max(first, own + 1 - o.choice.recent);
+  uint8_t* bits = chosen(row, kv_head);
+  std::memset(bits, 0, own / segment_pages + 1);
+  const auto choose = [&](int from, int to) {
+    for (int p = from; p < to; ++p) bits[p / segment_pages] |= static_cast<uint8_t>(1u << p % segment_pages);
+  };
+  choose(low, first);
+  choose(end, own + 1);
+  const int group = layout_.num_heads / layout_.num_kv_heads;
+  const size_t padded_dim = layout_.padded_dim();
+  kernels_.choose_pages({layout_,
+                         queries_.as<uint16_t>() + (static_cast<size_t>(row) * layout_.num_heads + static_cast<size_t>(kv_head) * group) * padded_dim,
+                         kv_head,
+                         o.scale,
+                         page(o.layer, 0),
+                         page_bytes(),
+                         step_.page_table + static_cast<size_t>(row_sequence_[row]) * step_.table_width,
+                         first,
+                         end,
+                         o.choice.top[kv_head]},
+                        bits, scratch.choice.as<float>());
+}
+
+// Whether a row of the item has chosen a page of the segment.
+bool Program::reads_segment(const op::Attention& o, const AttentionItem& item, int segment) const {
+  if (o.choice.top.empty()) return true;
+  uint8_t any = 0;
+  for (int r = item.row; r < item.row + item.rows; ++r) any |= chosen(r, item.kv_head)[segment];
+  return any != 0;
 }
 
 void Program::attend(const op::Attention& o, const AttentionItem& item, ThreadScratch& scratch) {
@@ -109,6 +169,7 @@ void Program::attend(const op::Attention& o, const AttentionItem& item, ThreadSc
   auto* values = scratch.values.as<float>();
   auto* state = scratch.state.as<float>();
   for (int segment = begin; segment < end; ++segment) {
+    if (!reads_segment(o, item, segment)) continue;
     kernels_.attention(task, segment, scratch.partials.data(), values, scratch.scores.as<float>());
     for (int q = 0; q < item.rows * group; ++q) {
       const size_t at = static_cast<size_t>(q) * padded_dim;
@@ -124,6 +185,11 @@ void Program::attend(const op::Attention& o, const AttentionItem& item, ThreadSc
 void Program::attend_segment(const op::Attention& o, const AttentionItem& item, ThreadScratch& scratch) {
   const auto [begin, end] = segments_of(item.first_position, item.rows, o.window);
   if (item.segment < begin || item.segment >= end) return;
+  if (!reads_segment(o, item, item.segment)) {
+    const int group = layout_.num_heads / layout_.num_kv_heads;
+    std::fill_n(split_partials_.begin() + item.partial, item.rows * group, nothing);
+    return;
+  }
   kernels_.attention(attention_task(o, item), item.segment, split_partials_.data() + item.partial,
                      split_values_.as<float>() + static_cast<size_t>(item.partial) * layout_.padded_dim(), scratch.scores.as<float>());
 }
@@ -146,9 +212,24 @@ void Program::merge_segments(const op::Attention& o, const AttentionItem& item, 
 
 void Program::execute(const op::Attention& o, int index, int thread, const Part&) {
   ThreadScratch& scratch = scratch_[thread];
+  const bool chooses = !o.choice.top.empty();
+  if (chooses && !full_pages_.empty()) {
+    summarise_pages(o, thread);
+    pool_.barrier();
+  }
+  if (chooses && !merges_.empty()) {  // items are parts of what a row reads: it is chosen before
+    const int choices = step_.num_tokens * layout_.num_kv_heads;
+    for (int i = share(choices, thread); i < share(choices, thread + 1); ++i) {
+      choose_pages(o, i / layout_.num_kv_heads, i % layout_.num_kv_heads, scratch);
+    }
+    pool_.barrier();
+  }
   const int count = static_cast<int>(items_.size());
   for (int i = 0; (i = next_[index].fetch_add(1, std::memory_order_relaxed)) < count;) {
     if (items_[i].segment < 0) {
+      if (chooses && merges_.empty()) {
+        for (int r = 0; r < items_[i].rows; ++r) choose_pages(o, items_[i].row + r, items_[i].kv_head, scratch);
+      }
       attend(o, items_[i], scratch);
     } else {
       attend_segment(o, items_[i], scratch);

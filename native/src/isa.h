@@ -5,6 +5,7 @@
 #include "kernels/elementwise.h"
 #include "kernels/linear.h"
 #include "kernels/normalise.h"
+#include "kernels/pages.h"
 #include "kernels/rope.h"
 #include "kernels/threshold.h"
 
@@ -14,7 +15,7 @@ template <class S>
 constexpr Kernels make_kernels() {
   return {S::name,          kernels::linear<S>,   kernels::quantise<S>, kernels::rms_norm<S>,  kernels::add<S>,   kernels::gate<S>,
           kernels::mix<S>,  kernels::soft_cap<S>, kernels::above_threshold<S>, kernels::rope<S>, kernels::attention<S>, kernels::merge<S>,
-          kernels::finish<S>};
+          kernels::finish<S>, kernels::summarise<S>, kernels::choose_pages<S>};
 }
 
 }  // namespace fallow

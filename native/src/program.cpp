@@ -149,6 +149,12 @@ void Program::finish(int logits_buffer) {
               require(kind == 0, "attention: before the gather");
               require(width(o.out) >= heads_width, "attention: the buffer is too narrow");
               require(o.layer >= 0 && o.layer < num_layers_ && o.window >= 0, "attention: no such layer or window");
+              const PageChoice& c = o.choice;
+              if (c.top.empty()) return;
+              require(static_cast<int>(c.top.size()) == layout_.num_kv_heads, "attention: pages are chosen for each KV head");
+              require(c.recent > 0 && c.sinks >= 0, "attention: a query's own page is always read");
+              for (const int top : c.top) require(top >= 0, "attention: fewer than no pages");
+              layout_.summaries = true;
             },
             [&](const op::Add& o) {
               use(buffer_kind, o.x);
@@ -199,6 +205,9 @@ void Program::finish(int logits_buffer) {
     activations_[a].memory = Memory(rows_of(activation_kind[a], activations_[a].passing) * activations_[a].format.row_bytes());
   }
   arena_.trim();
+  const int most_pages = (limits_.max_positions + page_size - 1) / page_size;
+  segments_ = (most_pages + segment_pages - 1) / segment_pages;
+  if (layout_.summaries) chosen_ = Memory(static_cast<size_t>(limits_.max_tokens) * layout_.num_kv_heads * segments_);
   pool_memory_ = Memory(page_bytes() * limits_.num_pages);
   const size_t padded_dim = layout_.padded_dim();
   queries_ = Memory(limits_.max_tokens * layout_.num_heads * padded_dim * sizeof(uint16_t));
@@ -209,6 +218,7 @@ void Program::finish(int logits_buffer) {
     s.scores = Memory(attention_scratch_floats * sizeof(float));
     s.values = Memory(attention_block * padded_dim * sizeof(float));
     s.state = Memory(attention_block * padded_dim * sizeof(float));
+    if (layout_.summaries) s.choice = Memory(page_choice_scratch_floats(layout_, most_pages) * sizeof(float));
     s.partials.resize(attention_block);
     s.states.resize(attention_block);
     scratch_.push_back(std::move(s));
@@ -273,7 +283,7 @@ void Program::find_runs() {
 // Linears between two attentions fetch the pages that the second one reads, each its share by the size of its weights.
 void Program::find_aheads() {
   ahead_.assign(operations_.size(), {});
-  pages_ahead_.clear();
+  reaches_.clear();
   size_t begin = 0;
   for (size_t i = 0; i < operations_.size(); ++i) {
     const auto* attention = std::get_if<op::Attention>(&operations_[i]);
@@ -284,13 +294,16 @@ void Program::find_aheads() {
         if (const auto* linear = std::get_if<op::Linear>(&operations_[k])) f(ahead_[k], *weights_[linear->weights]);
       }
     };
+    const PageChoice& choice = attention->choice;
+    const Reach reach{attention->window, choice.sinks, choice.recent, !choice.top.empty(), {}};
+    const auto found = std::find_if(reaches_.begin(), reaches_.end(), [&](const Reach& r) { return r.same(reach); });
+    const auto number = static_cast<int>(found - reaches_.begin());
+    if (found == reaches_.end()) reaches_.push_back(reach);
     for_linears([&](Ahead& a, const PackedLinear& w) {
-      a = {attention->layer, attention->window, total, total + w.tiles, 1};
+      a = {attention->layer, number, total, total + w.tiles, 1};
       total += w.tiles;
     });
     for_linears([&](Ahead& a, const PackedLinear&) { a.total = total; });
-    const auto same = [&](const auto& entry) { return entry.first == attention->window; };
-    if (std::none_of(pages_ahead_.begin(), pages_ahead_.end(), same)) pages_ahead_.push_back({attention->window, {}});
     begin = i + 1;
   }
 }

@@ -20,6 +20,15 @@ namespace fallow {
 // Operations name their operands by number: buffers are float32 [rows][width], activations are rows for the linear
 // kernels, weights and vectors are constants. Rows are all tokens of a step, or, from the
 // first gather on, its logit rows.
+
+// Which pages of the KV cache a query reads: the first `sinks`, the last `recent` (its own among them), and for each KV
+// head the best `top` of those between. No tops: all.
+struct PageChoice {
+  int sinks = 0, recent = 0;
+  std::vector<int> top;
+  bool operator==(const PageChoice& o) const { return sinks == o.sinks && recent == o.recent && top == o.top; }
+};
+
 namespace op {
 struct Embed {  // the rows of the step's tokens, times scale, stored at a column of out or added to what is there
   int weights, out;
@@ -55,6 +64,7 @@ struct Rope {
 struct Attention {
   int out, layer, window;
   float scale;
+  PageChoice choice = {};
 };
 struct Add {
   int x, out;
@@ -150,7 +160,7 @@ class Program {
     int sequence, row, rows, first_position, kv_head, segment, partial;
   };
   struct ThreadScratch {
-    Memory linear, row, scores, values, state;
+    Memory linear, row, scores, values, state, choice;
     std::vector<Partial> partials, states;
     SampleScratch sample;
   };
@@ -200,6 +210,13 @@ class Program {
   void attend_segment(const op::Attention&, const AttentionItem&, ThreadScratch&);
   void merge_segments(const op::Attention&, const AttentionItem&, ThreadScratch&);
   AttentionTask attention_task(const op::Attention&, const AttentionItem&) const;
+  void list_full_pages();
+  void summarise_pages(const op::Attention&, int thread);
+  void choose_pages(const op::Attention&, int row, int kv_head, ThreadScratch&);
+  uint8_t* chosen(int row, int kv_head) const {
+    return chosen_.data() + (static_cast<size_t>(row) * layout_.num_kv_heads + kv_head) * segments_;
+  }
+  bool reads_segment(const op::Attention&, const AttentionItem&, int segment) const;
 
   int rows(int index) const { return row_kind_[index] == 1 ? step_.num_logit_rows : step_.num_tokens; }
   // Of row r of an operation within its text.
@@ -246,14 +263,21 @@ class Program {
   std::vector<Operation> operations_;
   std::vector<int> row_kind_;  // of each operation: 0 tokens, 1 logit rows
   std::vector<int> run_end_;  // of each operation: the end of those around it that take each row by itself; 0: it does not
+  // Which pages attentions are sure to read, and in a step their numbers.
+  struct Reach {
+    int window, sinks, recent;
+    bool chooses;
+    std::vector<int32_t> pages;
+    bool same(const Reach& o) const { return window == o.window && sinks == o.sinks && recent == o.recent && chooses == o.chooses; }
+  };
+  std::vector<Reach> reaches_;
   // Of each linear: which part of the pages of which layer it fetches for the attention to come.
   struct Ahead {
     int layer = -1;
-    int window = 0;
+    int reach = 0;
     int64_t begin = 0, end = 0, total = 1;
   };
   std::vector<Ahead> ahead_;
-  std::vector<std::pair<int, std::vector<int32_t>>> pages_ahead_;  // of a step: for each window its pages
   std::vector<int> next_linear_;  // of each operation: the weights of the linear after it, or -1
   int logits_ = -1;
   Memory pool_memory_;
@@ -267,6 +291,9 @@ class Program {
   std::mutex totals_mutex_;
   std::vector<int> row_sequence_, row_position_;
   std::vector<AttentionItem> items_, merges_;
+  std::vector<int32_t> full_pages_;  // that this step fills
+  Memory chosen_;  // [tokens][kv heads][segments_], a bit a page, where pages are chosen
+  int segments_ = 0;
   std::vector<Partial> split_partials_;
   Memory split_values_;
   std::unique_ptr<std::atomic<int>[]> next_;

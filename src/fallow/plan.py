@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,13 @@ class SparsityPlan:
     def is_dense(self) -> bool:
         return not any(self.rules(axis) for axis in AXES)
 
-    def require_dense(self) -> None:
-        """Raises ``FallowError`` where something may rest, which this version of the engine cannot do yet."""
-        axes = [axis for axis in AXES if self.rules(axis)]
+    def require_axes(self, known: Collection[str]) -> None:
+        """Raises ``FallowError`` where something may rest on another axis, which cannot be run yet."""
+        axes = [axis for axis in AXES if self.rules(axis) and axis not in known]
         if axes:
             raise FallowError(
-                f"The plan lets parts rest on the axis {', '.join(axes)}, which this version of the engine cannot run: "
-                "serve the model without the plan."
+                f"The plan lets parts rest on the axis {', '.join(axes)}, which this version of fallow cannot run: "
+                "use the model without the plan."
             )
 
     def to_json(self) -> dict[str, Any]:

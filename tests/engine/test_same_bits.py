@@ -16,6 +16,7 @@ from fallow.engine.engine import Engine, RequestDelta
 from fallow.engine.runner import ModelRunner
 from fallow.engine.sampling import SamplingParams
 from fallow.models.checkpoint import open_checkpoint
+from fallow.plan import LayerRule, SparsityPlan
 
 REQUESTS = 64
 MAX_NUM_SEQS = 12
@@ -80,8 +81,17 @@ class Run:
             assert self._left.acquire(timeout=60)
 
 
-def test_the_same_bits_alone_and_in_shuffled_batches(start_engine: Any) -> None:
-    engine = start_engine(pages=64, max_num_seqs=MAX_NUM_SEQS, prefix_caching=False)
+PAGES = SparsityPlan(
+    attention=tuple(
+        LayerRule("top_pages", None, f"kv_head.{head}", {"sink_pages": 1, "recent_pages": 1, "top_pages": top})
+        for head, top in enumerate((1, 0, 2))
+    )
+)
+
+
+@pytest.mark.parametrize("plan", [None, PAGES], ids=["dense", "pages"])
+def test_the_same_bits_alone_and_in_shuffled_batches(start_engine: Any, plan: SparsityPlan | None) -> None:
+    engine = start_engine(pages=64, max_num_seqs=MAX_NUM_SEQS, prefix_caching=False, plan=plan)
     requests = random_requests(engine.tokenizer.vocab_size)
     alone = Run(engine, requests, None)
     for number in range(REQUESTS):
@@ -92,7 +102,9 @@ def test_the_same_bits_alone_and_in_shuffled_batches(start_engine: Any) -> None:
     engine.close()
 
     # Few enough pages that sequences are set back, and the second round finds prefixes of the first.
-    engine = start_engine(pages=10, max_num_seqs=MAX_NUM_SEQS, prefill_chunk=100, speculation="prompt-lookup")
+    engine = start_engine(
+        pages=10, max_num_seqs=MAX_NUM_SEQS, prefill_chunk=100, speculation="prompt-lookup", plan=plan
+    )
     for seed in range(2):
         together = Run(engine, requests, seed)
         order = list(range(REQUESTS))
@@ -110,12 +122,19 @@ def test_the_same_bits_alone_and_in_shuffled_batches(start_engine: Any) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_the_same_bits_with_any_number_of_threads_and_rows(tiny_checkpoints: dict[str, Path], family: str) -> None:
+@pytest.mark.parametrize("top_pages", [None, 0, 1])
+def test_the_same_bits_with_any_number_of_threads_and_rows(
+    tiny_checkpoints: dict[str, Path], family: str, top_pages: int | None
+) -> None:
     checkpoint = open_checkpoint(tiny_checkpoints[family])
+    plan = SparsityPlan.dense()
+    if top_pages is not None:
+        numbers = {"sink_pages": 1, "recent_pages": 1, "top_pages": top_pages}
+        plan = SparsityPlan(attention=(LayerRule("top_pages", parameters=numbers),))
     tokens = np.random.default_rng(3).integers(3, checkpoint.config.vocab_size, 150).tolist()
 
     def logits(threads: int, rows: int) -> Any:
-        runner = ModelRunner(checkpoint, precision="q8", threads=threads, num_pages=8, max_step_tokens=rows)
+        runner = ModelRunner(checkpoint, precision="q8", threads=threads, num_pages=8, max_step_tokens=rows, plan=plan)
         try:
             return runner.logits(tokens, chunk=rows)
         finally:

@@ -60,7 +60,7 @@ def test_attention_matches_pytorch(isa: str, case: tuple[int, int, int, int, int
     rotary_dim = dim // 2 if dim % 4 == 0 and dim < 64 else dim
     table = rope_table(RopeConfig(theta=10000.0, rotary_dim=rotary_dim), tokens)
     scale = dim**-0.5
-    result = _native.kernels.attention(
+    result, _ = _native.kernels.attention(
         isa, qkv, table, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, rotary_dim=rotary_dim, queries=queries,
         window=window, scale=scale,
     )  # fmt: skip
@@ -76,10 +76,10 @@ def test_a_query_does_not_depend_on_the_others(isa: str) -> None:
     qkv = rng.standard_normal((tokens, (heads + 2 * kv_heads) * dim), dtype=np.float32)
     shape = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "rotary_dim": dim, "scale": 0.125}
     for window in (0, 100):
-        together = _native.kernels.attention(isa, qkv, table, queries=60, window=window, **shape)
+        together, _ = _native.kernels.attention(isa, qkv, table, queries=60, window=window, **shape)
         for row in range(60):
             end = tokens - 60 + row + 1
-            alone = _native.kernels.attention(isa, qkv[:end], table, queries=1, window=window, **shape)
+            alone, _ = _native.kernels.attention(isa, qkv[:end], table, queries=1, window=window, **shape)
             assert np.array_equal(alone[0], together[row])
 
 

@@ -2,7 +2,7 @@
 // and values in bfloat16 and sums in float32.
 //
 // A query's result is a function of its own keys and of the fixed cut into segments: masked keys enter as exact
-// zeros, so neither the batch nor the chunk in which the query came changes a bit. Method: split softmax with running
+// zeros, as do pages that it has not chosen, so neither the batch nor the chunk in which it came changes a bit. Method: split softmax with running
 // maximum and sum (arXiv 1805.02867, section 3.1).
 #pragma once
 #include <algorithm>
@@ -55,52 +55,74 @@ FALLOW_INLINE void score_page(const uint16_t* const* queries, const uint16_t* ke
   }
 }
 
-// Softmax numerators of one query over vectors [begin, end) of its segment, in place as pairs of bfloat16 (j, j + 16).
-// Powers of two: `scale` includes log2(e), and so does the maximum that is returned.
+// The pages of a segment that one of the queries reads.
+struct PageList {
+  int count = 0;
+  int index[segment_pages];  // within the segment
+  const uint16_t* keys[segment_pages];
+  const uint16_t* values[segment_pages];
+};
+
+// What one query sees of a segment: tokens of its chosen pages, a bit each, within its bounds.
+struct Sight {
+  Visible tokens;
+  unsigned pages;
+};
+
+// Softmax numerators of one query over the listed pages, in place as pairs of bfloat16 (j, j + 16). What it does not see
+// becomes zero. Powers of two: `scale` includes log2(e), and so does the maximum that is returned.
 template <class S>
-inline Partial softmax_segment(float* scores, int begin, int end, Visible see, float scale) {
+inline Partial softmax_segment(float* scores, const PageList& pages, Sight see, float scale) {
   using F = typename S::F;
   constexpr float infinity = std::numeric_limits<float>::infinity();
-  if (see.low >= see.high) {
-    for (int v = begin; v < end; ++v) S::store(scores + v * lanes, S::zero());
+  unsigned listed = 0;
+  for (int i = 0; i < pages.count; ++i) listed |= 1u << pages.index[i];
+  if (see.tokens.low >= see.tokens.high || (see.pages & listed) == 0) {
+    for (int v = 0; v < 2 * pages.count; ++v) S::store(scores + v * lanes, S::zero());
     return {-infinity, 0.f};
   }
   F peak = S::set1(-infinity);
-  for (int v = begin; v < end; ++v) {
-    F x = S::load(scores + v * lanes);
-    if (see.high < (v + 1) * lanes) x = S::keep_first(x, see.high - v * lanes, -infinity);
-    if (see.low > v * lanes) x = S::drop_first(x, see.low - v * lanes, -infinity);
-    S::store(scores + v * lanes, x);
-    peak = S::max(peak, x);
+  for (int i = 0; i < pages.count; ++i) {
+    const bool chosen = see.pages >> pages.index[i] & 1;
+    for (int v = 0; v < 2; ++v) {
+      float* at = scores + i * page_size + v * lanes;
+      const int first = pages.index[i] * page_size + v * lanes;
+      F x = chosen ? S::load(at) : S::set1(-infinity);
+      if (see.tokens.high < first + lanes) x = S::keep_first(x, see.tokens.high - first, -infinity);
+      if (see.tokens.low > first) x = S::drop_first(x, see.tokens.low - first, -infinity);
+      S::store(at, x);
+      peak = S::max(peak, x);
+    }
   }
   const float maximum = S::max_of(peak) * scale;
   F total = S::zero();
-  for (int v = begin; v < end; v += 2) {
+  for (int i = 0; i < pages.count; ++i) {
+    float* at = scores + i * page_size;
     F p[2];
-    for (int i = 0; i < 2; ++i) {
-      p[i] = exp2<S>(S::fma(S::load(scores + (v + i) * lanes), S::set1(scale), S::set1(-maximum)));
-      total = S::add(total, p[i]);
+    for (int v = 0; v < 2; ++v) {
+      p[v] = exp2<S>(S::fma(S::load(at + v * lanes), S::set1(scale), S::set1(-maximum)));
+      total = S::add(total, p[v]);
     }
-    S::store_bytes(scores + v * lanes, S::pair_bf16(p[0], p[1]));
+    S::store_bytes(at, S::pair_bf16(p[0], p[1]));
   }
   return {maximum, S::sum(total)};
 }
 
-// values[m][NB * 16 of padded_dim] = sum over the pages' pairs. `filled`: tokens of the segment that exist.
+// values[m][NB * 16 of padded_dim] = sum over the pages' pairs, from column `first` on. `filled`: tokens of the segment
+// that exist.
 template <class S, int MR, int NB>
-FALLOW_NOINLINE void weigh_values(const float* probabilities, const uint16_t* const* pages, int begin, int end, int filled,
-                         int padded_dim, float* values) {
+FALLOW_NOINLINE void weigh_values(const float* probabilities, const PageList& pages, int filled, int padded_dim, int first, float* values) {
   typename S::F acc[MR][NB];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n < NB; ++n) acc[m][n] = S::zero();
   }
-  for (int page = begin; page < end; ++page) {
-    const int count = std::min(page_size, filled - page * page_size);
+  for (int i = 0; i < pages.count; ++i) {
+    const int count = std::min(page_size, filled - pages.index[i] * page_size);
     const int pairs = std::min(count, page_size / 2);
     for (int j = 0; j < pairs; ++j) {
-      const uint16_t* v = pages[page] + static_cast<size_t>(j) * padded_dim * 2;
+      const uint16_t* v = pages.values[i] + (static_cast<size_t>(j) * padded_dim + first) * 2;
       typename S::I w[NB];
 #pragma GCC unroll 4
       for (int n = 0; n < NB; ++n) w[n] = S::load_bytes(v + n * lanes * 2);
@@ -110,7 +132,7 @@ FALLOW_NOINLINE void weigh_values(const float* probabilities, const uint16_t* co
       }
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
-        const auto p = S::set1_i32(load_quad(probabilities + m * segment_tokens + page * page_size + j));
+        const auto p = S::set1_i32(load_quad(probabilities + m * segment_tokens + i * page_size + j));
 #pragma GCC unroll 4
         for (int n = 0; n < NB; ++n) acc[m][n] = S::dot_bf16(acc[m][n], w[n], p);
       }
@@ -119,31 +141,31 @@ FALLOW_NOINLINE void weigh_values(const float* probabilities, const uint16_t* co
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < NB; ++n) S::store(values + static_cast<size_t>(m) * padded_dim + n * lanes, acc[m][n]);
+    for (int n = 0; n < NB; ++n) S::store(values + static_cast<size_t>(m) * padded_dim + first + n * lanes, acc[m][n]);
   }
 }
 
 template <class S, int MR>
-FALLOW_NOINLINE void attend_block(const uint16_t* const* queries, const uint16_t* const* keys, const uint16_t* const* values_at,
-                         int begin, int end, int filled, bool first, const Visible* see, float scale, int head_pairs,
+FALLOW_NOINLINE void attend_block(const uint16_t* const* queries, const PageList& pages, int filled, bool first, const Sight* see, float scale,
                          int padded_dim, Partial* partials, float* values, float* scores) {
-  for (int page = begin; page < end; ++page) {
-    const uint16_t* const next[2] = {first ? values_at[page] : nullptr, first && page + 1 < end ? keys[page + 1] : nullptr};
-    score_page<S, MR>(queries, keys[page], head_pairs, next, scores + page * page_size);
+  for (int i = 0; i < pages.count; ++i) {
+    const uint16_t* const next[2] = {first ? pages.values[i] : nullptr, first && i + 1 < pages.count ? pages.keys[i + 1] : nullptr};
+    score_page<S, MR>(queries, pages.keys[i], padded_dim / 2, next, scores + i * page_size);
   }
-  for (int m = 0; m < MR; ++m) {
-    partials[m] = softmax_segment<S>(scores + m * segment_tokens, begin * 2, end * 2, see[m], scale);
-  }
+  for (int m = 0; m < MR; ++m) partials[m] = softmax_segment<S>(scores + m * segment_tokens, pages, see[m], scale);
   for (int d = 0; d < padded_dim; d += 4 * lanes) {
-    const uint16_t* columns[segment_pages];
-    for (int page = begin; page < end; ++page) columns[page] = values_at[page] + d * 2;
     switch (std::min(4, (padded_dim - d) / lanes)) {
-      case 1: weigh_values<S, MR, 1>(scores, columns, begin, end, filled, padded_dim, values + d); break;
-      case 2: weigh_values<S, MR, 2>(scores, columns, begin, end, filled, padded_dim, values + d); break;
-      case 3: weigh_values<S, MR, 3>(scores, columns, begin, end, filled, padded_dim, values + d); break;
-      default: weigh_values<S, MR, 4>(scores, columns, begin, end, filled, padded_dim, values + d); break;
+      case 1: weigh_values<S, MR, 1>(scores, pages, filled, padded_dim, d, values); break;
+      case 2: weigh_values<S, MR, 2>(scores, pages, filled, padded_dim, d, values); break;
+      case 3: weigh_values<S, MR, 3>(scores, pages, filled, padded_dim, d, values); break;
+      default: weigh_values<S, MR, 4>(scores, pages, filled, padded_dim, d, values); break;
     }
   }
+}
+
+// The pages of a segment that row `row` has chosen.
+inline unsigned chosen_pages(const AttentionTask& task, int segment, int row) {
+  return task.chosen == nullptr ? 0xffu : task.chosen[row * task.chosen_stride + segment];
 }
 
 template <class S>
@@ -155,31 +177,34 @@ void attention(const AttentionTask& task, int segment, Partial* partials, float*
   const int filled = visible(task, segment, task.rows - 1).high;
   const int begin = visible(task, segment, 0).low / page_size;
   const int end = (filled + page_size - 1) / page_size;
-  const uint16_t* keys[segment_pages];
-  const uint16_t* values_at[segment_pages];
+  unsigned wanted = 0;
+  for (int row = 0; row < task.rows; ++row) wanted |= chosen_pages(task, segment, row);
+  PageList pages;
   for (int page = begin; page < end; ++page) {
+    if ((wanted >> page & 1) == 0) continue;
     uint8_t* p = task.pool + static_cast<size_t>(task.page_table[segment * segment_pages + page]) * task.page_stride;
-    keys[page] = layout.keys(p, task.kv_head);
-    values_at[page] = layout.values(p, task.kv_head);
+    pages.index[pages.count] = page;
+    pages.keys[pages.count] = layout.keys(p, task.kv_head);
+    pages.values[pages.count] = layout.values(p, task.kv_head);
+    ++pages.count;
   }
   for (int first = 0; first < queries;) {
     const int left = queries - first;
     const int steps = (left + S::max_rows - 1) / S::max_rows;
     const int take = (left + steps - 1) / steps;
     const uint16_t* q[8];
-    Visible see[8];
+    Sight see[8];
     for (int m = 0; m < take; ++m) {
       const int row = (first + m) / group;
       const int head = task.kv_head * group + (first + m) % group;
       q[m] = task.queries + row * task.query_stride + static_cast<size_t>(head) * padded_dim;
-      see[m] = visible(task, segment, row);
+      see[m] = {visible(task, segment, row), chosen_pages(task, segment, row)};
     }
     Partial* partial = partials + first;
     float* value = values + static_cast<size_t>(first) * padded_dim;
     float* scores = scratch + static_cast<size_t>(first) * segment_tokens;
     with_rows<S>(take, [&](auto rows) {
-      attend_block<S, decltype(rows)::value>(q, keys, values_at, begin, end, filled, first == 0, see, task.scale * log2_e,
-                                             padded_dim / 2, padded_dim, partial, value, scores);
+      attend_block<S, decltype(rows)::value>(q, pages, filled, first == 0, see, task.scale * log2_e, padded_dim, partial, value, scores);
     });
     first += take;
   }

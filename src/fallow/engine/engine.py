@@ -86,12 +86,9 @@ class Engine:
         plan: SparsityPlan | None = None,
     ) -> None:
         _check_options(max_num_seqs, prefill_chunk, max_queue, max_context, speculation)
-        if plan is not None:
-            plan.require_dense()
         path = resolve(model)
         if plan is None and (path / "plan.json").is_file():
             plan = SparsityPlan.load(path / "plan.json")
-            plan.require_dense()
         # The native core is loaded here: ``over`` does not need it.
         from fallow import _native  # noqa: PLC0415
         from fallow.engine.runner import ModelRunner  # noqa: PLC0415
@@ -106,6 +103,7 @@ class Engine:
         num_pages = kv_cache_pages(
             config,
             page_size=ModelRunner.page_size,
+            summaries=plan is not None and bool(plan.rules("attention")),
             context=min(context, max_context or context),
             max_sequences=max_num_seqs,
             kv_cache_bytes=kv_cache_bytes,

@@ -17,18 +17,26 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _PROC_CGROUP = Path("/proc/self/cgroup")
 
 
-def page_bytes(config: ModelConfig, page_size: int) -> int:
-    """Bytes of the keys and values of ``page_size`` tokens in all layers."""
+def page_bytes(config: ModelConfig, page_size: int, *, summaries: bool = False) -> int:
+    """Bytes of the keys and values of ``page_size`` tokens in all layers, and of the ``summaries`` of the keys (two
+    numbers a dimension) where a plan chooses pages by them."""
     padded_dim = -(-config.head_dim // _LANES) * _LANES
-    return 2 * _ELEMENT_BYTES * config.num_hidden_layers * config.num_key_value_heads * padded_dim * page_size
+    columns = config.num_hidden_layers * config.num_key_value_heads * padded_dim
+    return 2 * _ELEMENT_BYTES * columns * (page_size + (1 if summaries else 0))
 
 
 def kv_cache_pages(
-    config: ModelConfig, *, page_size: int, context: int, max_sequences: int, kv_cache_bytes: int | None
+    config: ModelConfig,
+    *,
+    page_size: int,
+    context: int,
+    max_sequences: int,
+    kv_cache_bytes: int | None,
+    summaries: bool = False,
 ) -> int:
     """Pages of a cache of ``kv_cache_bytes``; by default enough for a few full contexts or many short sequences, but
     no more than a share of the memory at hand. Raises ``FallowError`` where not even one page fits."""
-    size = page_bytes(config, page_size)
+    size = page_bytes(config, page_size, summaries=summaries)
     if kv_cache_bytes is not None:
         if kv_cache_bytes < size:
             raise FallowError(

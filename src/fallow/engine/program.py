@@ -1,8 +1,8 @@
 """A decoder laid out as a native program: which operations run on which buffers, once for every step.
 
-A new architecture is another function here. The places where the axes of a sparsity plan go: ``ffn`` at the gated
-and the down projection, ``input`` at any ``_linear``, ``attention`` at the attention operation (whose page table may
-list fewer pages), ``head`` at the last linear, ``structure`` in the shapes that the checkpoint brings.
+A new architecture is another function here. A plan's axis ``attention`` is part of the attention operation. Where the
+others will go: ``ffn`` at the gated and the down projection, ``input`` at any linear, ``head`` at the last one,
+``structure`` in the shapes that the checkpoint brings.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fallow.arrays import Bytes
 from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize
 from fallow.models.quantize import quantize_q4_1, quantize_q8_0
+from fallow.models.resting import PageRule
 from fallow.models.rope import rope_table
 from fallow.models.tensors import Checkpoint, RawTensor, TensorType
 
@@ -36,6 +37,7 @@ class ProgramBuilder:
     program: _native.Program
     checkpoint: Checkpoint
     precision: str
+    page_rules: list[PageRule | None]
     report: dict[str, str] = field(default_factory=dict)
 
     def vector(self, name: str) -> int:
@@ -165,7 +167,16 @@ class DecoderProgram:
             eps=config.rms_norm_eps,
             layer=layer,
         )
-        program.attention(self._attended, layer=layer, window=window or 0, scale=config.attention_scale)
+        rule = builder.page_rules[layer] or PageRule(0, 0, ())
+        program.attention(
+            self._attended,
+            layer=layer,
+            window=window or 0,
+            scale=config.attention_scale,
+            sink_pages=rule.sink_pages,
+            recent_pages=rule.recent_pages,
+            top_pages=rule.top_pages,
+        )
         if layer == config.num_hidden_layers - 1:
             self._keep_logit_rows()
         self._project(self._attended, name + "o_proj", name + "attention_post_norm")

@@ -13,6 +13,7 @@ from fallow.arrays import Float32, Int32
 from fallow.engine.batch import SAMPLING_DTYPE, StepBatch, StepResult
 from fallow.engine.program import ProgramBuilder, layout_of
 from fallow.errors import FallowError, ModelFileError
+from fallow.models.resting import page_rules
 from fallow.models.rope import longest_context
 from fallow.models.tensors import Checkpoint
 from fallow.plan import SparsityPlan
@@ -31,8 +32,8 @@ class ModelRunner:
     """One model, its KV cache and its threads. One step at a time, from one thread at a time.
 
     ``threads``: ``None`` takes the physical cores that the process may use. ``num_pages`` pages of ``page_size``
-    tokens hold the keys and values; memory is taken as pages are first written. ``isa`` chooses the instruction set
-    (tests; the best that the CPU runs otherwise).
+    tokens hold the keys and values; memory is taken as pages are first written. ``plan`` says what rests. ``isa``
+    chooses the instruction set (tests; the best that the CPU runs otherwise).
 
     Raises ``ModelFileError`` for a checkpoint, ``FallowError`` for an option that cannot be served.
     """
@@ -55,8 +56,6 @@ class ModelRunner:
             raise FallowError(f"precision {precision!r} is not known: use one of {', '.join(PRECISIONS)}.")
         if threads is not None and not 1 <= threads <= 1024:
             raise FallowError(f"threads must be from 1 to 1024, not {threads}.")
-        if plan is not None:
-            plan.require_dense()
         self.config = config = checkpoint.config
         self.vocab_size = config.vocab_size
         self.num_pages = num_pages
@@ -79,7 +78,8 @@ class ModelRunner:
                 num_pages=num_pages,
                 max_positions=self.max_context,
             )
-            builder = ProgramBuilder(self._program, checkpoint, precision)
+            rules = page_rules(plan or SparsityPlan.dense(), config)
+            builder = ProgramBuilder(self._program, checkpoint, precision, rules)
             layout_of(config)(builder, self.max_context)
             self._program.centre(_centring_tokens(config.vocab_size, min(self.page_size, self.max_context)))
         except FallowError:

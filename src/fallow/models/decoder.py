@@ -16,7 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fallow.models.attention import blocks_are_faster, causal_attention
 from fallow.models.config import ModelConfig
+from fallow.models.page_choice import attention_to_chosen_pages
+from fallow.models.resting import PageRule, page_rules
 from fallow.models.rope import rope_table
+from fallow.plan import SparsityPlan
 
 _INITIAL_STD = 0.02
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -61,6 +64,7 @@ class Layer(nn.Module):
         width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
         self.attention_scale = config.attention_scale
+        self.page_rule: PageRule | None = None
         self.activation = _ACTIVATIONS[config.hidden_act]
         self.gate_quantile = config.gate_quantile
         self.attention_norm = RMSNorm(hidden, eps)
@@ -104,7 +108,9 @@ class Layer(nn.Module):
         k = _rotated(self.k_norm(self.k_proj(x).view(shape)), rope)
         q, k, v = (x.transpose(1, 2) for x in (q, k, values.view(shape)))  # [batch, heads, tokens, head_dim]
         grouped = q.shape[1] != k.shape[1]
-        if mask is None and not grouped and blocks_are_faster(q):
+        if self.page_rule is not None:
+            attended = attention_to_chosen_pages(q, k, v, self.page_rule, self.attention_scale, mask=mask)
+        elif mask is None and not grouped and blocks_are_faster(q):
             attended = causal_attention(q, k, v, self.attention_scale)
         else:
             attended = F.scaled_dot_product_attention(
@@ -117,7 +123,7 @@ class Layer(nn.Module):
 def _embedded(embeddings: nn.Embedding, tokens: Tensor) -> Tensor:
     """``[batch, tokens, width]``; of a bag the mean."""
     found: Tensor = embeddings(tokens)
-    return found if tokens.ndim == 2 else found.mean(2)  # noqa: PLR2004
+    return found if tokens.ndim == 2 else found.mean(2)
 
 
 def _above_threshold(x: Tensor, quantile: float) -> Tensor:
@@ -175,6 +181,12 @@ class Decoder(nn.Module):
                     std = output_std if part in ("o_proj", "down_proj") else _INITIAL_STD
                     parameter.normal_(0.0, std, generator=generator)
 
+    def obey(self, plan: SparsityPlan) -> None:
+        """Let rest what ``plan`` says, in place of any plan before. Raises ``FallowError`` where it does not fit."""
+        for layer, rule in zip(self.layers, page_rules(plan, self.config), strict=True):
+            assert isinstance(layer, Layer)
+            layer.page_rule = rule
+
     def compile_layers(self) -> None:
         """Compile each layer by itself: those that are alike share what was compiled for the first."""
         self.is_compiled = True
@@ -192,7 +204,7 @@ class Decoder(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        """``tokens`` int64 ``[batch, tokens]`` → normalised hidden states ``[batch, tokens, hidden]``; or bags of tokens
+        """``tokens`` int64 ``[batch, tokens]`` → normalised hidden states ``[batch, tokens, hidden]``; or bags of them,
         ``[batch, tokens, bag]``, each of which is one position (``SuperpositionRecipe``).
 
         ``documents`` numbers the documents of each sequence, ``[batch, tokens]``: attention stays within one.

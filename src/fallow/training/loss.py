@@ -30,9 +30,9 @@ def cross_entropy(
     """The summed negative log-likelihood (nats, float32) of ``targets``.
 
     ``hidden [tokens, hidden]``, ``head [vocab, hidden]``, ``targets`` int64 ``[tokens]``, or ``[tokens, n]`` where each
-    has several; a target below 0 does not count. Products are computed in the type of ``hidden``, the rest in float32. ``softcap`` is that of ``Decoder``,
-    ``block`` the tokens of a block. What is done to the logits of a block can be ``compiled``: one pass over them
-    instead of ten. The gradient can be taken once.
+    token has several; a target below 0 does not count. Products are computed in the type of ``hidden``, the rest in
+    float32. ``softcap`` is that of ``Decoder``, ``block`` the tokens of a block. What is done to the logits of a block
+    can be ``compiled``: one pass over them instead of ten. The gradient can be taken once.
     """
     block = block or max(min(_BLOCK, _LOGITS // head.shape[0]), 1)
     compute = _compiled_block() if compiled else _block

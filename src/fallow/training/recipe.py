@@ -165,7 +165,9 @@ class Recipe(Section):
         if self.data.context % bag:
             raise ValueError(f"superposition.bag is {bag}, which does not divide data.context = {self.data.context}")
         if self.data.isolate_documents:
-            raise ValueError("[superposition] lets a bag hold the end of a document: set data.isolate_documents to false")
+            raise ValueError(
+                "[superposition] lets a bag hold the end of a document: set data.isolate_documents to false"
+            )
         if self.train.first_batch:
             raise ValueError("[superposition] has a batch of its own at the beginning: leave train.first_batch out")
         return self

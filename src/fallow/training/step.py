@@ -76,7 +76,7 @@ class Step:
         """
         sequences = len(batch.inputs)
         count = self.processes.total(_counted(batch))
-        bag = batch.inputs.shape[2] if batch.inputs.ndim == 3 else 1  # noqa: PLR2004
+        bag = batch.inputs.shape[2] if batch.inputs.ndim == 3 else 1
         size = self.micro_batch * bag if self.micro_batch else sequences  # as many positions as without bags
         loss = 0.0
         for first in range(0, sequences, size):

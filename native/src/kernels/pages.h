@@ -1,0 +1,130 @@
+// Which pages of a KV cache a query reads, by summaries of their keys.
+//
+// If the keys of a page were drawn from a normal distribution with the page's mean and variances, the mean of
+// exp(q k) over them would be exp(q mean + q^2 variance / 2). So much of each head's attention is expected at a page;
+// the pages with the most, summed over the heads of the group, are chosen.
+#pragma once
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "../bits.h"
+#include "../kernels.h"
+#include "../prefetch.h"
+#include "elementwise.h"
+#include "linear.h"
+
+namespace fallow::kernels {
+
+template <class S>
+void summarise(const KvLayout& layout, uint8_t* page, int kv_head) {
+  const uint16_t* keys = layout.keys(page, kv_head);
+  uint16_t* out = layout.summary(page, kv_head);
+  for (int d = 0; d < layout.padded_dim(); ++d) {
+    const uint16_t* key = keys + static_cast<size_t>(d / 2) * page_size * 2 + d % 2;
+    float sum = 0.f;
+    for (int t = 0; t < page_size; ++t) sum += bf16_to_float(key[2 * t]);
+    const float mean = sum / page_size;
+    float squares = 0.f;
+    for (int t = 0; t < page_size; ++t) {
+      const float distance = bf16_to_float(key[2 * t]) - mean;
+      squares += distance * distance;
+    }
+    out[2 * d] = float_to_bf16(mean);
+    out[2 * d + 1] = float_to_bf16(squares / page_size);
+  }
+}
+
+// The `count`-th largest of n values that are not negative.
+inline float largest(const float* values, int n, int count) {
+  // Bits of such floats are in the order of the floats: the answer is found one bit after the other.
+  uint32_t found = 0;
+  for (uint32_t bit = 1u << 30; bit != 0; bit >>= 1) {
+    const uint32_t at_least = found | bit;
+    int reached = 0;
+    for (int i = 0; i < n; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, values + i, 4);
+      reached += bits >= at_least;
+    }
+    if (reached >= count) found = at_least;
+  }
+  float result;
+  std::memcpy(&result, &found, 4);
+  return result;
+}
+
+// In place exp2(x) / sum, of n values, padded to whole vectors.
+template <class S>
+inline void softmax(float* x, int n) {
+  const int padded = (n + lanes - 1) / lanes * lanes;
+  std::fill(x + n, x + padded, -std::numeric_limits<float>::infinity());
+  auto peak = S::set1(-std::numeric_limits<float>::infinity());
+  for (int i = 0; i < padded; i += lanes) peak = S::max(peak, S::load(x + i));
+  const float maximum = S::max_of(peak);
+  auto total = S::zero();
+  for (int i = 0; i < padded; i += lanes) {
+    const auto p = exp2<S>(S::sub(S::load(x + i), S::set1(maximum)));
+    S::store(x + i, p);
+    total = S::add(total, p);
+  }
+  const float inverse = 1.f / S::sum(total);
+  for (int i = 0; i < padded; i += lanes) S::store(x + i, S::mul(S::load(x + i), S::set1(inverse)));
+}
+
+template <class S>
+void choose_pages(const PageChoiceTask& task, uint8_t* chosen, float* scratch) {
+  const KvLayout& layout = task.layout;
+  const int n = task.end - task.first;
+  const auto choose = [&](int page) { chosen[page / segment_pages] |= static_cast<uint8_t>(1u << page % segment_pages); };
+  if (n <= task.count) {
+    for (int page = task.first; page < task.end; ++page) choose(page);
+    return;
+  }
+  const int group = layout.num_heads / layout.num_kv_heads;
+  const int padded_dim = layout.padded_dim();
+  const int padded = (n + lanes - 1) / lanes * lanes;
+  // What faces a summary: of each dimension q and scale q^2 / 2, a pair of bfloat16.
+  float* factors = scratch;
+  float* masses = factors + static_cast<size_t>(group) * padded_dim;  // [group][padded]
+  float* sums = masses + static_cast<size_t>(group) * padded;
+  for (int h = 0; h < group; ++h) {
+    for (int d = 0; d < padded_dim; d += lanes) {
+      const auto q = S::load_bf16(task.queries + static_cast<size_t>(h) * padded_dim + d);
+      S::store_bytes(factors + static_cast<size_t>(h) * padded_dim + d, S::pair_bf16(q, S::mul(S::mul(q, q), S::set1(0.5f * task.scale))));
+    }
+  }
+  const auto summary_of = [&](int page) {
+    return layout.summary(task.pool + static_cast<size_t>(task.page_table[page]) * task.page_stride, task.kv_head);
+  };
+  constexpr int ahead = 8;
+  for (int i = 0; i < n; ++i) {
+    if (i + ahead < n) prefetch_run(summary_of(task.first + i + ahead), static_cast<int>(layout.summary_elements() * sizeof(uint16_t)));
+    const uint16_t* summary = summary_of(task.first + i);
+    for (int h = 0; h < group; ++h) {
+      auto acc = S::zero();
+      for (int d = 0; d < padded_dim; d += lanes) {
+        acc = S::dot_bf16(acc, S::load_bytes(summary + 2 * d), S::load_bytes(factors + static_cast<size_t>(h) * padded_dim + d));
+      }
+      masses[static_cast<size_t>(h) * padded + i] = S::sum(acc) * (task.scale * log2_e);
+    }
+  }
+  std::fill(sums, sums + padded, 0.f);
+  for (int h = 0; h < group; ++h) {
+    float* mass = masses + static_cast<size_t>(h) * padded;
+    softmax<S>(mass, n);
+    for (int i = 0; i < padded; i += lanes) S::store(sums + i, S::add(S::load(sums + i), S::load(mass + i)));
+  }
+  // NaN, from keys that are no numbers, counts as nothing.
+  for (int i = 0; i < n; ++i) sums[i] = sums[i] > 0.f ? sums[i] : 0.f;
+  const float least = largest(sums, n, task.count);
+  int left = task.count;
+  for (int i = 0; i < n; ++i) {
+    if (sums[i] > least) choose(task.first + i), --left;
+  }
+  for (int i = 0; i < n && left > 0; ++i) {
+    if (sums[i] == least) choose(task.first + i), --left;
+  }
+}
+
+}  // namespace fallow::kernels

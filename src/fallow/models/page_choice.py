@@ -1,0 +1,69 @@
+"""Attention that reads some pages of the KV cache, in PyTorch: what the native kernels are held against.
+
+A page stands for its keys by the mean and the variance of each dimension. Were they drawn from a normal distribution,
+the mean of ``exp(q k)`` over them would be ``exp(q mean + q^2 variance / 2)``: so much of a head's attention is
+expected there. The pages with the most, summed over the heads that share the keys, are read. To choose by a summary of
+a page is the idea of Quest (arXiv 2406.10774), whose minima and maxima of keys need more pages for the same error.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from fallow.models.resting import PageRule
+
+PAGE_SIZE = 32  # tokens, as in the native core
+_QUERIES = 256  # at once
+
+
+def chosen_pages(q: Tensor, k: Tensor, rule: PageRule, scale: float, first: int = 0) -> Tensor:
+    """Which pages each query reads, bool ``[batch, kv_heads, queries, pages]``.
+
+    ``q [batch, heads, queries, head_dim]``, the first of which is the token ``first``; ``k [batch, kv_heads, tokens,
+    head_dim]``. Summaries and what faces them are rounded to bfloat16, as they are kept.
+    """
+    batch, kv_heads, tokens, dim = k.shape
+    pages = tokens // PAGE_SIZE  # full ones
+    position = torch.arange(first, first + q.shape[2], device=q.device)[:, None]
+    number = torch.arange(-(-tokens // PAGE_SIZE), device=q.device)
+    own = position // PAGE_SIZE
+    always = (number < rule.sink_pages) | (number > own - rule.recent_pages)
+    candidates = ~always & (number <= own)  # [queries, pages]
+    keys = k[:, :, : pages * PAGE_SIZE].float().reshape(batch, kv_heads, pages, PAGE_SIZE, dim)
+    variance, mean = torch.var_mean(keys, 3, correction=0)
+    grouped = q.float().reshape(batch, kv_heads, -1, q.shape[2], dim)  # [batch, kv_heads, group, queries, head_dim]
+    squares = (0.5 * scale * grouped.square()).bfloat16().float()
+    expected = grouped @ mean.bfloat16().float().mT[:, :, None] + squares @ variance.bfloat16().float().mT[:, :, None]
+    expected = F.pad(expected * scale, (0, len(number) - pages), value=float("-inf"))
+    expected = expected.masked_fill(~candidates, float("-inf"))
+    mass = expected.softmax(-1).sum(2).masked_fill(~candidates, -1.0)  # [batch, kv_heads, queries, pages]
+    best = mass.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # each page's place
+    top = torch.tensor(rule.top_pages, device=q.device)[:, None, None]
+    return (always & (number <= own)) | ((best < top) & candidates)
+
+
+def attention_to_chosen_pages(
+    q: Tensor, k: Tensor, v: Tensor, rule: PageRule, scale: float, *, mask: Tensor | None = None
+) -> Tensor:
+    """Causal attention ``[batch, heads, tokens, head_dim]`` of all tokens to the pages that each one chooses, and there
+    to what ``mask`` (bool ``[batch or 1, 1, tokens, tokens]``; True: may be seen) leaves."""
+    tokens, group = q.shape[2], q.shape[1] // k.shape[1]
+    outs = []
+    for first in range(0, tokens, _QUERIES):
+        part = q[:, :, first : first + _QUERIES]
+        end = first + part.shape[2]
+        chosen = chosen_pages(part, k[:, :, :end], rule, scale, first)
+        seen = chosen.repeat_interleave(PAGE_SIZE, -1)[..., :end].repeat_interleave(group, 1)
+        seen = seen & (_causal(part.shape[2], end, first, q.device) if mask is None else mask[:, :, first:end, :end])
+        outs.append(
+            F.scaled_dot_product_attention(
+                part, k[:, :, :end], v[:, :, :end], attn_mask=seen, scale=scale, enable_gqa=group > 1
+            )
+        )
+    return torch.cat(outs, 2)
+
+
+def _causal(queries: int, keys: int, first: int, device: torch.device) -> Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(first)

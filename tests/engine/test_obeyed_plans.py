@@ -1,0 +1,86 @@
+"""A plan in the engine and in the PyTorch reference: the same parts rest, and a plan that changes nothing is dense."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fallow.engine.engine import Engine
+from fallow.engine.runner import ModelRunner
+from fallow.engine.sampling import SamplingParams
+from fallow.errors import FallowError
+from fallow.models.checkpoint import open_checkpoint
+from fallow.models.tokenizer import load_tokenizer
+from fallow.plan import LayerRule, SparsityPlan
+
+
+def pages(top: int, target: str | None = None, recent: int = 1) -> LayerRule:
+    return LayerRule("top_pages", None, target, {"sink_pages": 1, "recent_pages": recent, "top_pages": top})
+
+
+CHOSEN = SparsityPlan(attention=tuple(pages(top, f"kv_head.{head}") for head, top in enumerate((2, 1, 3))))
+
+
+def logits(model: Path, tokens: np.ndarray, plan: SparsityPlan | None, chunk: int = 512) -> np.ndarray:
+    runner = ModelRunner(open_checkpoint(model), num_pages=32, plan=plan)
+    try:
+        return runner.logits(tokens, chunk=chunk)
+    finally:
+        runner.close()
+
+
+def test_the_reference_and_the_engine_read_the_same_pages(smollm2_gguf: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from fallow.models.decoder_weights import load_decoder
+
+    tokens = np.array(load_tokenizer(smollm2_gguf).encode(inspect.getsource(random))[:500], np.int32)
+    decoder = load_decoder(open_checkpoint(smollm2_gguf), context=512)
+
+    def divergence(one: torch.Tensor, other: torch.Tensor) -> float:
+        p, q = (x[200:].log_softmax(-1) for x in (one, other))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    with torch.no_grad():
+        ids = torch.from_numpy(tokens.astype(np.int64))[None]
+        dense = decoder.logits(decoder(ids))[0]
+        decoder.obey(CHOSEN)
+        expected = decoder.logits(decoder(ids))[0]
+    result = torch.from_numpy(logits(smollm2_gguf, tokens, CHOSEN))
+    # Where rounding turns two pages around that are worth nearly the same, a little more than rounding is left.
+    assert divergence(expected, result) < 0.01
+    assert divergence(expected, dense) > 0.05
+
+
+def test_a_plan_that_reads_all_pages_gives_the_dense_bits(smollm2_gguf: Path) -> None:
+    tokens = np.random.default_rng(1).integers(3, 49000, 300).astype(np.int32)
+    dense = logits(smollm2_gguf, tokens, None)
+    for plan in (
+        SparsityPlan.dense(),
+        SparsityPlan(attention=(pages(9),)),
+        SparsityPlan(attention=(pages(0, recent=10),)),
+    ):
+        assert np.array_equal(logits(smollm2_gguf, tokens, plan), dense)
+    assert not np.array_equal(logits(smollm2_gguf, tokens, SparsityPlan(attention=(pages(1),))), dense)
+
+
+def test_the_plan_beside_the_weights_is_obeyed(smollm2_gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").symlink_to(smollm2_gguf)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
+    prompt = np.random.default_rng(2).integers(3, 49000, 300).tolist()
+
+    def answer(plan: SparsityPlan | None = None) -> list[float]:
+        with Engine(str(tmp_path), plan=plan) as engine:
+            return [entry.logprob for entry in engine.generate([prompt], params)[0].outputs[0].logprobs]
+
+    dense = answer()
+    chosen = answer(CHOSEN)
+    CHOSEN.save(tmp_path / "plan.json")
+    assert answer() == chosen != dense
+    assert answer(SparsityPlan.dense()) == dense
+    SparsityPlan(attention=(pages(1, "kv_head.5"),)).save(tmp_path / "plan.json")
+    with pytest.raises(FallowError, match=r"kv_head\.0 to kv_head\.2"):
+        answer()
