@@ -10,12 +10,22 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "src" / "fallow"
 PAGE = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
 ABOVE = {
-    **{"cli": 6, "server": 5, "bench": 5, "training": 4, "engine": 3, "evaluate": 3, "meter": 3, "data": 3},
+    **{
+        "cli": 6,
+        "server": 5,
+        "bench": 5,
+        "training": 4,
+        "sparsification": 4,
+        "engine": 3,
+        "evaluate": 3,
+        "meter": 3,
+        "data": 3,
+    },
     **{"models": 2, "plan.py": 1, "files.py": 1},
 }
 # What needs PyTorch; nothing else may import it, nor one of these modules, so that what serves stays without it.
 _WITH_TORCH = ("attention", "decoder", "decoder_weights", "page_choice")
-WITH_TORCH = {"bench", "training", *(f"models/{name}.py" for name in _WITH_TORCH)}
+WITH_TORCH = {"bench", "training", "sparsification", *(f"models/{name}.py" for name in _WITH_TORCH)}
 
 
 def section(layer: str) -> str:

@@ -104,7 +104,7 @@ nb::tuple attention(const std::string& isa, const Matrix& qkv, const Matrix& tab
                     int queries, int window, float scale, int sink_pages, int recent_pages, const std::vector<int>& top_pages) {
   const Kernels& kernels = kernels_of(isa);
   const bool chooses = !top_pages.empty();
-  const KvLayout layout{num_heads, num_kv_heads, head_dim, chooses};
+  const KvLayout layout{num_heads, num_kv_heads, head_dim};
   const int tokens = static_cast<int>(qkv.shape(0));
   if (num_kv_heads <= 0 || num_heads % num_kv_heads != 0 || head_dim <= 0 || head_dim > max_head_dim || rotary_dim > head_dim ||
       qkv.shape(1) != static_cast<size_t>((num_heads + 2 * num_kv_heads) * head_dim) || table.shape(0) < qkv.shape(0) ||
@@ -127,8 +127,12 @@ nb::tuple attention(const std::string& isa, const Matrix& qkv, const Matrix& tab
   std::vector<uint8_t> chosen(static_cast<size_t>(queries) * num_kv_heads * segments);
   std::vector<bool> read(static_cast<size_t>(queries) * num_kv_heads * pages);
   if (chooses) {
+    std::vector<uint16_t> summaries(static_cast<size_t>(pages) * num_kv_heads * layout.summary_elements(), uint16_t{0x7fc0});
     for (int p = 0; p < tokens / page_size; ++p) {
-      for (int h = 0; h < num_kv_heads; ++h) kernels.summarise(layout, pool.data() + page_table[p] * layout.page_bytes(), h);
+      for (int h = 0; h < num_kv_heads; ++h) {
+        uint16_t* summary = summaries.data() + (static_cast<size_t>(page_table[p]) * num_kv_heads + h) * layout.summary_elements();
+        kernels.summarise(layout, layout.keys(pool.data() + page_table[p] * layout.page_bytes(), h), summary);
+      }
     }
     Memory choice(page_choice_scratch_floats(layout, pages) * sizeof(float));
     for (int i = 0; i < queries * num_kv_heads; ++i) {
@@ -142,7 +146,7 @@ nb::tuple attention(const std::string& isa, const Matrix& qkv, const Matrix& tab
         if (p < first || p >= end) bits[p / segment_pages] |= static_cast<uint8_t>(1u << p % segment_pages);
       }
       const uint16_t* query = rotated.as<uint16_t>() + row * query_stride + static_cast<size_t>(h) * (num_heads / num_kv_heads) * layout.padded_dim();
-      kernels.choose_pages({layout, query, h, scale, pool.data(), layout.page_bytes(), page_table.data(), first, end, top_pages[h]}, bits, choice.as<float>());
+      kernels.choose_pages({layout, query, h, scale, summaries.data(), page_table.data(), first, end, top_pages[h]}, bits, choice.as<float>());
       for (int p = 0; p < pages; ++p) read[static_cast<size_t>(i) * pages + p] = bits[p / segment_pages] >> p % segment_pages & 1;
     }
   }

@@ -30,7 +30,7 @@ void Program::run(const Step& step, SampleArgs* sample) {
     }
   }
   plan_attention(step);
-  if (layout_.summaries) list_full_pages();
+  if (chooses_pages_) list_full_pages();
   list_pages_ahead();
   for (size_t i = 0; i <= operations_.size(); ++i) next_[i].store(0, std::memory_order_relaxed);
   pool_.run([](void* self, int thread) { static_cast<Program*>(self)->execute(thread); }, this);

@@ -86,7 +86,7 @@ PagesAhead Program::pages_ahead(int index, int thread) const {
   const int64_t mine = share(static_cast<int>(pages.size()), thread + 1) - first;
   const auto begin = mine * ahead.begin / ahead.total;
   const auto end = mine * ahead.end / ahead.total;
-  return {page(ahead.layer, 0), page_bytes(), layout_.page_bytes(), pages.data() + first + begin, static_cast<int>(end - begin)};
+  return {page(ahead.layer, 0), page_stride(), layout_.page_bytes(), pages.data() + first + begin, static_cast<int>(end - begin)};
 }
 
 AttentionTask Program::attention_task(const op::Attention& o, const AttentionItem& item) const {
@@ -100,7 +100,7 @@ AttentionTask Program::attention_task(const op::Attention& o, const AttentionIte
           o.window,
           o.scale,
           page(o.layer, 0),
-          page_bytes(),
+          page_stride(),
           step_.page_table + static_cast<size_t>(item.sequence) * step_.table_width,
           o.choice.top.empty() ? nullptr : chosen(item.row, item.kv_head),
           static_cast<size_t>(layout_.num_kv_heads) * segments_};
@@ -120,7 +120,10 @@ void Program::list_full_pages() {
 void Program::summarise_pages(const op::Attention& o, int thread) {
   const int count = static_cast<int>(full_pages_.size()) * layout_.num_kv_heads;
   for (int i = share(count, thread); i < share(count, thread + 1); ++i) {
-    kernels_.summarise(layout_, page(o.layer, full_pages_[i / layout_.num_kv_heads]), i % layout_.num_kv_heads);
+    const int number = full_pages_[i / layout_.num_kv_heads];
+    const int head = i % layout_.num_kv_heads;
+    uint16_t* summary = summaries(o.layer) + (static_cast<size_t>(number) * layout_.num_kv_heads + head) * layout_.summary_elements();
+    kernels_.summarise(layout_, layout_.keys(page(o.layer, number), head), summary);
   }
 }
 
@@ -143,8 +146,7 @@ void Program::choose_pages(const op::Attention& o, int row, int kv_head, ThreadS
                          queries_.as<uint16_t>() + (static_cast<size_t>(row) * layout_.num_heads + static_cast<size_t>(kv_head) * group) * padded_dim,
                          kv_head,
                          o.scale,
-                         page(o.layer, 0),
-                         page_bytes(),
+                         summaries(o.layer),
                          step_.page_table + static_cast<size_t>(row_sequence_[row]) * step_.table_width,
                          first,
                          end,
@@ -152,16 +154,26 @@ void Program::choose_pages(const op::Attention& o, int row, int kv_head, ThreadS
                         bits, scratch.choice.as<float>());
 }
 
-// Whether a row of the item has chosen a page of the segment.
-bool Program::reads_segment(const op::Attention& o, const AttentionItem& item, int segment) const {
-  if (o.choice.top.empty()) return true;
-  uint8_t any = 0;
+unsigned Program::read_pages(const op::Attention& o, const AttentionItem& item, int segment) const {
+  if (o.choice.top.empty()) return 0xffu;
+  unsigned any = 0;
   for (int r = item.row; r < item.row + item.rows; ++r) any |= chosen(r, item.kv_head)[segment];
-  return any != 0;
+  return any;
+}
+
+// Of the first page of a segment that the item reads; null where it reads none, or the segment is not among its own.
+const uint16_t* Program::first_keys(const op::Attention& o, const AttentionItem& item, int segment) const {
+  const auto [begin, end] = segments_of(item.first_position, item.rows, o.window);
+  if (segment < begin || segment >= end) return nullptr;
+  const unsigned pages = read_pages(o, item, segment);
+  const int number = segment * segment_pages + (pages == 0 ? 0 : __builtin_ctz(pages));
+  if (pages == 0 || number * page_size >= item.first_position + item.rows) return nullptr;
+  uint8_t* p = page(o.layer, step_.page_table[static_cast<size_t>(item.sequence) * step_.table_width + number]);
+  return layout_.keys(p, item.kv_head);
 }
 
 void Program::attend(const op::Attention& o, const AttentionItem& item, ThreadScratch& scratch) {
-  const AttentionTask task = attention_task(o, item);
+  AttentionTask task = attention_task(o, item);
   const int group = layout_.num_heads / layout_.num_kv_heads;
   const int padded_dim = layout_.padded_dim();
   std::fill(scratch.states.begin(), scratch.states.end(), nothing);
@@ -169,7 +181,9 @@ void Program::attend(const op::Attention& o, const AttentionItem& item, ThreadSc
   auto* values = scratch.values.as<float>();
   auto* state = scratch.state.as<float>();
   for (int segment = begin; segment < end; ++segment) {
-    if (!reads_segment(o, item, segment)) continue;
+    if (read_pages(o, item, segment) == 0) continue;
+    task.next_keys = nullptr;
+    for (int next = segment + 1; next < end && task.next_keys == nullptr; ++next) task.next_keys = first_keys(o, item, next);
     kernels_.attention(task, segment, scratch.partials.data(), values, scratch.scores.as<float>());
     for (int q = 0; q < item.rows * group; ++q) {
       const size_t at = static_cast<size_t>(q) * padded_dim;
@@ -182,15 +196,19 @@ void Program::attend(const op::Attention& o, const AttentionItem& item, ThreadSc
   }
 }
 
-void Program::attend_segment(const op::Attention& o, const AttentionItem& item, ThreadScratch& scratch) {
+void Program::attend_segment(const op::Attention& o, int index, ThreadScratch& scratch) {
+  const AttentionItem& item = items_[index];
   const auto [begin, end] = segments_of(item.first_position, item.rows, o.window);
   if (item.segment < begin || item.segment >= end) return;
-  if (!reads_segment(o, item, item.segment)) {
+  if (read_pages(o, item, item.segment) == 0) {
     const int group = layout_.num_heads / layout_.num_kv_heads;
     std::fill_n(split_partials_.begin() + item.partial, item.rows * group, nothing);
     return;
   }
-  kernels_.attention(attention_task(o, item), item.segment, split_partials_.data() + item.partial,
+  AttentionTask task = attention_task(o, item);
+  const size_t next = index + (o.choice.top.empty() ? pool_.size() : 1);  // likely this thread's
+  if (next < items_.size() && items_[next].segment >= 0) task.next_keys = first_keys(o, items_[next], items_[next].segment);
+  kernels_.attention(task, item.segment, split_partials_.data() + item.partial,
                      split_values_.as<float>() + static_cast<size_t>(item.partial) * layout_.padded_dim(), scratch.scores.as<float>());
 }
 
@@ -225,14 +243,18 @@ void Program::execute(const op::Attention& o, int index, int thread, const Part&
     pool_.barrier();
   }
   const int count = static_cast<int>(items_.size());
-  for (int i = 0; (i = next_[index].fetch_add(1, std::memory_order_relaxed)) < count;) {
-    if (items_[i].segment < 0) {
+  // Of a choice many items are next to nothing: a thread takes some at once.
+  const int some = chooses && !merges_.empty() ? segment_pages : 1;
+  for (int begin = 0; (begin = next_[index].fetch_add(some, std::memory_order_relaxed)) < count;) {
+    for (int i = begin; i < std::min(begin + some, count); ++i) {
+      if (items_[i].segment >= 0) {
+        attend_segment(o, i, scratch);
+        continue;
+      }
       if (chooses && merges_.empty()) {
         for (int r = 0; r < items_[i].rows; ++r) choose_pages(o, items_[i].row + r, items_[i].kv_head, scratch);
       }
       attend(o, items_[i], scratch);
-    } else {
-      attend_segment(o, items_[i], scratch);
     }
   }
   if (merges_.empty()) return;

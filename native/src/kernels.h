@@ -44,27 +44,22 @@ struct LinearTask {
 
 // Where the KV cache of one layer keeps its pages. Of a page: for each KV head its keys, bfloat16
 // [head_dim/2][page_size][2], then for each KV head its values, bfloat16 [page_size/2][padded_dim][2],
-// pair j holding tokens j and j + page_size/2; where pages are chosen, for each KV head a summary of its keys too, the
-// mean and the variance of every dimension, bfloat16 [padded_dim][2].
+// pair j holding tokens j and j + page_size/2. Where pages are chosen, a page has for each KV head a summary of its keys
+// as well, in another place: the mean and the variance of every dimension, bfloat16 [padded_dim][2].
 constexpr int page_size = 32;
 constexpr int segment_pages = 8;  // softmax is taken a segment at a time, segments are merged in order
 constexpr int segment_tokens = page_size * segment_pages;
 
 struct KvLayout {
   int num_heads, num_kv_heads, head_dim;
-  bool summaries = false;
   int padded_dim() const { return (head_dim + lanes - 1) / lanes * lanes; }
   size_t head_elements() const { return static_cast<size_t>(padded_dim()) * page_size; }
   size_t summary_elements() const { return static_cast<size_t>(padded_dim()) * 2; }
-  size_t page_bytes() const {
-    return (head_elements() * 2 + (summaries ? summary_elements() : 0)) * num_kv_heads * sizeof(uint16_t);
-  }
+  size_t page_bytes() const { return head_elements() * num_kv_heads * 2 * sizeof(uint16_t); }
+  size_t summary_bytes() const { return summary_elements() * num_kv_heads * sizeof(uint16_t); }
   uint16_t* keys(uint8_t* page, int head) const { return reinterpret_cast<uint16_t*>(page) + head * head_elements(); }
   uint16_t* values(uint8_t* page, int head) const {
     return reinterpret_cast<uint16_t*>(page) + (num_kv_heads + head) * head_elements();
-  }
-  uint16_t* summary(uint8_t* page, int head) const {
-    return reinterpret_cast<uint16_t*>(page) + 2 * num_kv_heads * head_elements() + head * summary_elements();
   }
 };
 
@@ -84,6 +79,7 @@ struct AttentionTask {
   // Of each row the pages that it reads, a bit each and a byte a segment; null: all that it may see.
   const uint8_t* chosen = nullptr;
   size_t chosen_stride = 0;  // bytes between rows
+  const uint16_t* next_keys = nullptr;  // of the page that is read after this segment: fetched meanwhile
 };
 
 // One query row's choice among pages [first, end) for a KV head.
@@ -92,8 +88,7 @@ struct PageChoiceTask {
   const uint16_t* queries;  // of the group: [num_heads / num_kv_heads][padded_dim] bfloat16
   int kv_head;
   float scale;
-  uint8_t* pool;
-  size_t page_stride;
+  const uint16_t* summaries;  // of this layer's pages, layout.summary_bytes() each
   const int32_t* page_table;
   int first, end, count;  // how many are chosen
 };
@@ -147,8 +142,8 @@ struct Kernels {
   // Takes a further segment into a running softmax; segments must come in order.
   void (*merge)(Partial& state, float* state_values, const Partial& partial, const float* values, int padded_dim);
   void (*finish)(const Partial& state, const float* state_values, int head_dim, float* out);
-  // Makes the summary of a page that is full.
-  void (*summarise)(const KvLayout&, uint8_t* page, int kv_head);
+  // Makes the summary of the keys of a page that is full, of one KV head.
+  void (*summarise)(const KvLayout&, const uint16_t* keys, uint16_t* summary);
   // Sets the bits of the pages that are chosen. scratch: page_choice_scratch_floats(layout, end - first) floats.
   void (*choose_pages)(const PageChoiceTask&, uint8_t* chosen, float* scratch);
 };

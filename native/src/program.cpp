@@ -154,7 +154,7 @@ void Program::finish(int logits_buffer) {
               require(static_cast<int>(c.top.size()) == layout_.num_kv_heads, "attention: pages are chosen for each KV head");
               require(c.recent > 0 && c.sinks >= 0, "attention: a query's own page is always read");
               for (const int top : c.top) require(top >= 0, "attention: fewer than no pages");
-              layout_.summaries = true;
+              chooses_pages_ = true;
             },
             [&](const op::Add& o) {
               use(buffer_kind, o.x);
@@ -207,8 +207,11 @@ void Program::finish(int logits_buffer) {
   arena_.trim();
   const int most_pages = (limits_.max_positions + page_size - 1) / page_size;
   segments_ = (most_pages + segment_pages - 1) / segment_pages;
-  if (layout_.summaries) chosen_ = Memory(static_cast<size_t>(limits_.max_tokens) * layout_.num_kv_heads * segments_);
-  pool_memory_ = Memory(page_bytes() * limits_.num_pages);
+  if (chooses_pages_) {
+    chosen_ = Memory(static_cast<size_t>(limits_.max_tokens) * layout_.num_kv_heads * segments_);
+    summary_memory_ = Memory(layout_.summary_bytes() * limits_.num_pages * num_layers_);
+  }
+  pool_memory_ = Memory(page_stride() * limits_.num_pages);
   const size_t padded_dim = layout_.padded_dim();
   queries_ = Memory(limits_.max_tokens * layout_.num_heads * padded_dim * sizeof(uint16_t));
   for (int t = 0; t < pool_.size(); ++t) {
@@ -218,7 +221,7 @@ void Program::finish(int logits_buffer) {
     s.scores = Memory(attention_scratch_floats * sizeof(float));
     s.values = Memory(attention_block * padded_dim * sizeof(float));
     s.state = Memory(attention_block * padded_dim * sizeof(float));
-    if (layout_.summaries) s.choice = Memory(page_choice_scratch_floats(layout_, most_pages) * sizeof(float));
+    if (chooses_pages_) s.choice = Memory(page_choice_scratch_floats(layout_, most_pages) * sizeof(float));
     s.partials.resize(attention_block);
     s.states.resize(attention_block);
     scratch_.push_back(std::move(s));

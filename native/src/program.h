@@ -140,7 +140,7 @@ class Program {
   const Limits& limits() const { return limits_; }
   ThreadPool& pool() { return pool_; }
   size_t weight_bytes() const;
-  size_t page_bytes() const { return layout_.page_bytes() * num_layers_; }
+  size_t page_bytes() const { return (layout_.page_bytes() + (chooses_pages_ ? layout_.summary_bytes() : 0)) * num_layers_; }
   const char* isa() const { return kernels_.name; }
 
  private:
@@ -207,7 +207,7 @@ class Program {
   void execute(const op::Gather&, int index, int thread, const Part&);
 
   void attend(const op::Attention&, const AttentionItem&, ThreadScratch&);
-  void attend_segment(const op::Attention&, const AttentionItem&, ThreadScratch&);
+  void attend_segment(const op::Attention&, int item, ThreadScratch&);
   void merge_segments(const op::Attention&, const AttentionItem&, ThreadScratch&);
   AttentionTask attention_task(const op::Attention&, const AttentionItem&) const;
   void list_full_pages();
@@ -216,7 +216,9 @@ class Program {
   uint8_t* chosen(int row, int kv_head) const {
     return chosen_.data() + (static_cast<size_t>(row) * layout_.num_kv_heads + kv_head) * segments_;
   }
-  bool reads_segment(const op::Attention&, const AttentionItem&, int segment) const;
+  // The pages of a segment that a row of the item reads, a bit each.
+  unsigned read_pages(const op::Attention&, const AttentionItem&, int segment) const;
+  const uint16_t* first_keys(const op::Attention&, const AttentionItem&, int segment) const;
 
   int rows(int index) const { return row_kind_[index] == 1 ? step_.num_logit_rows : step_.num_tokens; }
   // Of row r of an operation within its text.
@@ -230,7 +232,12 @@ class Program {
     return a.memory.data() + static_cast<size_t>(a.passing ? r - part.shift : r) * a.format.row_bytes();
   }
   uint8_t* page(int layer, int page) const {
-    return pool_memory_.data() + static_cast<size_t>(page) * page_bytes() + static_cast<size_t>(layer) * layout_.page_bytes();
+    return pool_memory_.data() + static_cast<size_t>(page) * page_stride() + static_cast<size_t>(layer) * layout_.page_bytes();
+  }
+  size_t page_stride() const { return layout_.page_bytes() * num_layers_; }
+  // Of the pages of a layer.
+  uint16_t* summaries(int layer) const {
+    return reinterpret_cast<uint16_t*>(summary_memory_.data() + static_cast<size_t>(layer) * limits_.num_pages * layout_.summary_bytes());
   }
   // Calls f(row) for the rows of `part`, of which f reads `width` floats from column `first` on. They are fetched well
   // before: another core may have written them.
@@ -281,6 +288,8 @@ class Program {
   std::vector<int> next_linear_;  // of each operation: the weights of the linear after it, or -1
   int logits_ = -1;
   Memory pool_memory_;
+  bool chooses_pages_ = false;
+  Memory summary_memory_;  // [layers][pages][kv heads] summaries, where pages are chosen
   Memory queries_;
   std::vector<ThreadScratch> scratch_;
 

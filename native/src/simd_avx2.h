@@ -70,6 +70,11 @@ struct Avx2 {
     for (int i = 0; i < 16; ++i) m[i] = max_of(v[i]);
     return load(m);
   }
+  static F sum_of_each(const F (&v)[16]) {
+    alignas(32) float s[16];
+    for (int i = 0; i < 16; ++i) s[i] = sum(v[i]);
+    return load(s);
+  }
   static I sum_of_each(const I (&v)[16]) {
     alignas(32) int32_t s[16];
     for (int i = 0; i < 16; ++i) {

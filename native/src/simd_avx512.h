@@ -63,6 +63,9 @@ struct Avx512 {
   static F max_of_each(const F (&v)[16]) {
     return reduce_each(v, [](F a, F b) { return _mm512_max_ps(a, b); });
   }
+  static F sum_of_each(const F (&v)[16]) {
+    return reduce_each(v, [](F a, F b) { return _mm512_add_ps(a, b); });
+  }
   static I sum_of_each(const I (&v)[16]) {
     F f[16];
     for (int i = 0; i < 16; ++i) f[i] = _mm512_castsi512_ps(v[i]);

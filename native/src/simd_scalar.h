@@ -117,6 +117,9 @@ struct Scalar {
   static F max_of_each(const F (&v)[16]) {
     return map([&](int i) { return max_of(v[i]); });
   }
+  static F sum_of_each(const F (&v)[16]) {
+    return map([&](int i) { return sum(v[i]); });
+  }
   static I sum_of_each(const I (&v)[16]) {
     return imap([&](int i) {
       uint32_t total = 0;

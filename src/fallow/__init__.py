@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fallow.engine.sampling import SamplingParams
     from fallow.errors import FallowError, ModelFileError, OverloadedError, RequestError
     from fallow.plan import SparsityPlan
+    from fallow.sparsification.run import SparsifyResult, sparsify
     from fallow.training.recipe import Recipe, load_recipe
     from fallow.training.run import TrainResult, train
 
@@ -28,10 +29,12 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "SparsifyResult",
     "SparsityPlan",
     "TrainResult",
     "__version__",
     "load_recipe",
+    "sparsify",
     "train",
 ]
 
@@ -47,9 +50,11 @@ _MODULES = {
     "RequestError": "fallow.errors",
     "RequestOutput": "fallow.engine.outputs",
     "SamplingParams": "fallow.engine.sampling",
+    "SparsifyResult": "fallow.sparsification.run",
     "SparsityPlan": "fallow.plan",
     "TrainResult": "fallow.training.run",
     "load_recipe": "fallow.training.recipe",
+    "sparsify": "fallow.sparsification.run",
     "train": "fallow.training.run",
 }
 

@@ -13,6 +13,7 @@ from fallow.errors import FallowError, ModelFileError
 from fallow.files import replacing
 
 VERSION = 1
+FILE_NAME = "plan.json"
 MAX_PLAN_BYTES = 16 << 20
 MAX_LAYERS = 4096
 
@@ -108,6 +109,12 @@ class SparsityPlan:
         """Write the plan; the file is complete or not there."""
         with replacing(Path(path)) as file:
             file.write(json.dumps(self.to_json(), indent=1).encode() + b"\n")
+
+    @staticmethod
+    def beside(model: Path) -> SparsityPlan | None:
+        """The plan in a model's folder, None where there is none. Raises as ``load`` does."""
+        path = model / FILE_NAME
+        return SparsityPlan.load(path) if path.is_file() else None
 
     @staticmethod
     def load(path: str | Path) -> SparsityPlan:

@@ -11,7 +11,7 @@ import pytest
 
 from fallow.cli import main
 
-COMMANDS = ["pull", "run", "serve", "eval", "bench", "train", "info"]
+COMMANDS = ["pull", "run", "serve", "eval", "bench", "train", "sparsify", "info"]
 
 
 def test_help_lists_every_command(fallow):
@@ -49,6 +49,8 @@ def test_help_loads_nothing_heavy():
         ["bench", "train", "recipe.toml", "--trials", "trials.jsonl"],
         ["bench", "train", "recipe.toml", "--tune", "theirs"],
         ["bench", "train", "recipe.toml", "--tune", "ours", "--fresh"],
+        ["sparsify", "smollm2-135m"],
+        ["sparsify", "smollm2-135m", "--out", "lean", "--budget", "little"],
         ["serve", "--port", "99999"],
         ["serve", "--api-key", ""],
     ],

@@ -49,6 +49,29 @@ def test_every_token_is_a_target_once_an_epoch(numbers: TokenShards) -> None:
     assert (ordered.counted_targets() == ordered.targets).all()
 
 
+def test_bags_hold_what_follows_them(numbers: TokenShards) -> None:
+    batch = Windows(numbers, 12, seed=2).batch(0, 3)
+    for size in (2, 3, 4, 12):
+        bags = batch.in_bags(size)
+        assert bags.inputs.shape == bags.targets.shape == (3, 12 // size, size)
+        assert (bags.inputs.reshape(3, 12) == batch.inputs).all()
+        for row, inputs in enumerate(batch.inputs):
+            text = [*inputs, batch.targets[row, -1]]  # the window and the token after it
+            for position in range(12 // size):
+                following = text[(position + 1) * size : (position + 2) * size]
+                missing = [NOT_COUNTED] * (size - len(following))
+                assert bags.targets[row, position].tolist() == [*following, *missing]
+    whole = batch.in_bags(1)
+    assert (whole.targets[..., 0] == batch.targets).all()
+
+
+def test_what_does_not_count_does_not_in_a_bag_either(tmp_path: Path) -> None:
+    answers = [[i % 3 == 0 for i in range(41)]]
+    batch = Windows(shards_of(tmp_path / "chat", [[*range(41)]], answers), 8, seed=1).batch(0, 5)
+    counted = batch.in_bags(4).targets
+    assert set(counted[counted != NOT_COUNTED].tolist()) < {i for i in range(41) if i % 3 == 0}
+
+
 def test_a_sequence_depends_on_the_seed_and_its_number_alone(numbers: TokenShards) -> None:
     windows = Windows(numbers, 7, seed=3)
     expected = windows.batch(0, 40).inputs

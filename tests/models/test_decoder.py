@@ -44,6 +44,23 @@ def test_attention_stays_within_a_document(tiny_checkpoints: dict[str, Path]):
         assert not torch.allclose(decoder(both)[:, 9:], together[:, 9:], atol=1e-3)
 
 
+def test_a_bag_is_the_mean_of_its_embeddings(tiny_checkpoints: dict[str, Path]):
+    decoder = random_decoder(tiny_checkpoints["qwen3"], value_embedding_layers=(1,))
+    with torch.no_grad():
+        decoder.layers[1].value_embeddings.weight.normal_(0, 0.1)
+        tokens = torch.randint(3, 300, (2, 9))
+        torch.testing.assert_close(decoder(tokens[..., None].expand(-1, -1, 3)), decoder(tokens), rtol=1e-4, atol=1e-5)
+        bags = torch.randint(3, 300, (2, 9, 3))
+        means, value_means = (
+            table(bags).mean(2) for table in (decoder.embed_tokens, decoder.layers[1].value_embeddings)
+        )
+        expected = decoder(bags)
+        # A vocabulary of these bags: number i is bag i.
+        decoder.embed_tokens.weight[:18] = means.flatten(0, 1)
+        decoder.layers[1].value_embeddings.weight[:18] = value_means.flatten(0, 1)
+        torch.testing.assert_close(decoder(torch.arange(18).view(2, 9)), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_layers_computed_again_give_the_same_gradients(tiny_checkpoints: dict[str, Path]):
     decoder = random_decoder(tiny_checkpoints["gemma3"])
     tokens = torch.randint(3, 300, (2, 20))

@@ -30,10 +30,27 @@ def test_loss_and_gradients(tokens: int, vocab: int, block: int | None, softcap:
     torch.testing.assert_close(gradients[1], head.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_it_is_the_same():
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_several_targets_of_a_token(softcap: float | None):
+    torch.manual_seed(7)
+    hidden, head = torch.randn(21, 24, requires_grad=True), torch.randn(33, 24, requires_grad=True)
+    targets = torch.randint(0, 33, (21, 4))
+    targets[::2, 3] = -1
+    targets[5] = -1
+    targets[6] = 12  # the same one four times
+    together = cross_entropy(hidden, head, targets, softcap=softcap, block=8)
+    gradients = torch.autograd.grad(together, (hidden, head))
+    apart = sum(cross_entropy(hidden, head, column, softcap=softcap) for column in targets.unbind(1))
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    for one, other in zip(gradients, torch.autograd.grad(apart, (hidden, head)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(50,), (50, 3)])
+def test_compiled_it_is_the_same(shape: tuple[int, ...]):
     torch.manual_seed(5)
     hidden, head = torch.randn(50, 24, requires_grad=True), torch.randn(33, 24, requires_grad=True)
-    targets = torch.randint(0, 33, (50,))
+    targets = torch.randint(0, 33, shape)
     targets[::3] = -1
     results = []
     for compiled in (False, True):

@@ -29,6 +29,10 @@ def test_the_recipes_of_the_repository(path: Path):
         ("model.activation=swish", "model.activation is 'swish'"),
         ("model.hidden_size=33", "model.hidden_size is 33"),
         ("data.valid_share=0.9", "data.valid_share is 0.9"),
+        ("superposition.bag=5", "5, which does not divide data.context = 32"),
+        ("superposition.bag=1", "superposition.bag is 1"),
+        ("superposition.bag=4; data.isolate_documents=true", "set data.isolate_documents to false"),
+        ("superposition.bag=4; train.first_batch=2", "leave train.first_batch out"),
         ("colour=red", "colour is not known"),
         ("name.first=a", "name"),
         ("tokens", "write section.key=value"),
@@ -36,7 +40,7 @@ def test_the_recipes_of_the_repository(path: Path):
 )
 def test_a_mistake_is_a_sentence(recipe_file: Path, override: str, named: str):
     with pytest.raises(FallowError) as error:
-        load_recipe(recipe_file, [override])
+        load_recipe(recipe_file, override.split("; "))
     assert named in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -26,6 +26,21 @@ def test_every_step_learns_and_the_ends_are_what_they_are_called(kind):
         assert factors[104] == pytest.approx(0.5, abs=0.01)
 
 
+def test_steps_of_bags_read_more_and_come_first():
+    draw = random.Random(3)
+    for _ in range(200):
+        last, bag, share = draw.randrange(1, 40), draw.randrange(2, 9), draw.uniform(0.05, 0.95)
+        sequences = draw.randrange(1, 4000)
+        size, steps = BatchSize.superposed(sequences, last, bag, share)
+        sizes = [size.at(step) for step in range(steps)]
+        bags = [size.bag_at(step) for step in range(steps)]
+        assert sizes == [last * bag for bag in bags]
+        assert bags == sorted(bags, reverse=True)
+        assert bags.count(bag) == round(share * steps)
+        assert [size.before(step) for step in range(steps)] == [sum(sizes[:step]) for step in range(steps)]
+        assert abs(sum(sizes) - sequences) <= 2 * last * bag
+
+
 def test_batches_add_up_whatever_the_ramp():
     draw = random.Random(2)
     for _ in range(200):

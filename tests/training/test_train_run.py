@@ -57,9 +57,28 @@ def test_a_run_learns_and_leaves_its_journal_and_model(recipe_file: Path, tmp_pa
     assert result.model == tmp_path / "run" / "model"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_killed_at_random_steps_it_goes_on_to_the_same_bits(recipe_file: Path, tmp_path: Path, precision: str):
-    recipe_file.write_text(recipe_file.read_text().replace('"fp32"', f'"{precision}"'))
+def test_bags_of_tokens_and_then_tokens(recipe_file: Path, tmp_path: Path):
+    recipe = load_recipe(recipe_file, ["superposition.bag=4", "superposition.share=0.4", "train.tokens=16896"])
+    reports: list[StepReport] = []
+    result = train(recipe, out=tmp_path / "run", on_step=reports.append)
+    assert (result.steps, result.tokens) == (STEPS, 12 * 4 * 256 + 18 * 256)
+    tokens = [report.tokens for report in reports]
+    assert [b - a for a, b in zip([0, *tokens], tokens, strict=False)] == [4 * 256] * 12 + [256] * 18
+    assert reports[11].loss < 0.95 * reports[0].loss
+    assert reports[-1].loss < 0.8 * reports[12].loss
+    micro = train(
+        recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": 3})}), out=tmp_path / "micro"
+    )
+    assert losses(micro.folder) == pytest.approx(losses(result.folder), rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "bags"])
+def test_killed_at_random_steps_it_goes_on_to_the_same_bits(recipe_file: Path, tmp_path: Path, kind: str):
+    if kind == "bags":
+        bags = "[superposition]\nbag = 2\nshare = 0.5\n"
+        recipe_file.write_text(recipe_file.read_text().replace("7680", "11520") + bags)
+    else:
+        recipe_file.write_text(recipe_file.read_text().replace('"fp32"', f'"{kind}"'))
     whole = train(recipe_file, out=tmp_path / "whole")
     draw = random.Random(5)
     for attempt in range(2):

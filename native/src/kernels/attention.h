@@ -59,7 +59,7 @@ FALLOW_INLINE void score_page(const uint16_t* const* queries, const uint16_t* ke
 struct PageList {
   int count = 0;
   int index[segment_pages];  // within the segment
-  const uint16_t* keys[segment_pages];
+  const uint16_t* keys[segment_pages + 1];  // after the last one those of the page to come, or null
   const uint16_t* values[segment_pages];
 };
 
@@ -149,7 +149,7 @@ template <class S, int MR>
 FALLOW_NOINLINE void attend_block(const uint16_t* const* queries, const PageList& pages, int filled, bool first, const Sight* see, float scale,
                          int padded_dim, Partial* partials, float* values, float* scores) {
   for (int i = 0; i < pages.count; ++i) {
-    const uint16_t* const next[2] = {first ? pages.values[i] : nullptr, first && i + 1 < pages.count ? pages.keys[i + 1] : nullptr};
+    const uint16_t* const next[2] = {first ? pages.values[i] : nullptr, first ? pages.keys[i + 1] : nullptr};
     score_page<S, MR>(queries, pages.keys[i], padded_dim / 2, next, scores + i * page_size);
   }
   for (int m = 0; m < MR; ++m) partials[m] = softmax_segment<S>(scores + m * segment_tokens, pages, see[m], scale);
@@ -188,6 +188,7 @@ void attention(const AttentionTask& task, int segment, Partial* partials, float*
     pages.values[pages.count] = layout.values(p, task.kv_head);
     ++pages.count;
   }
+  pages.keys[pages.count] = task.next_keys;
   for (int first = 0; first < queries;) {
     const int left = queries - first;
     const int steps = (left + S::max_rows - 1) / S::max_rows;

@@ -17,9 +17,7 @@
 namespace fallow::kernels {
 
 template <class S>
-void summarise(const KvLayout& layout, uint8_t* page, int kv_head) {
-  const uint16_t* keys = layout.keys(page, kv_head);
-  uint16_t* out = layout.summary(page, kv_head);
+void summarise(const KvLayout& layout, const uint16_t* keys, uint16_t* summary) {
   for (int d = 0; d < layout.padded_dim(); ++d) {
     const uint16_t* key = keys + static_cast<size_t>(d / 2) * page_size * 2 + d % 2;
     float sum = 0.f;
@@ -30,8 +28,8 @@ void summarise(const KvLayout& layout, uint8_t* page, int kv_head) {
       const float distance = bf16_to_float(key[2 * t]) - mean;
       squares += distance * distance;
     }
-    out[2 * d] = float_to_bf16(mean);
-    out[2 * d + 1] = float_to_bf16(squares / page_size);
+    summary[2 * d] = float_to_bf16(mean);
+    summary[2 * d + 1] = float_to_bf16(squares / page_size);
   }
 }
 
@@ -76,6 +74,7 @@ template <class S>
 void choose_pages(const PageChoiceTask& task, uint8_t* chosen, float* scratch) {
   const KvLayout& layout = task.layout;
   const int n = task.end - task.first;
+  if (task.count == 0) return;
   const auto choose = [&](int page) { chosen[page / segment_pages] |= static_cast<uint8_t>(1u << page % segment_pages); };
   if (n <= task.count) {
     for (int page = task.first; page < task.end; ++page) choose(page);
@@ -94,19 +93,25 @@ void choose_pages(const PageChoiceTask& task, uint8_t* chosen, float* scratch) {
       S::store_bytes(factors + static_cast<size_t>(h) * padded_dim + d, S::pair_bf16(q, S::mul(S::mul(q, q), S::set1(0.5f * task.scale))));
     }
   }
-  const auto summary_of = [&](int page) {
-    return layout.summary(task.pool + static_cast<size_t>(task.page_table[page]) * task.page_stride, task.kv_head);
+  const auto summary_of = [&](int i) {
+    const int page = task.page_table[task.first + std::min(i, n - 1)];
+    return task.summaries + (static_cast<size_t>(page) * layout.num_kv_heads + task.kv_head) * layout.summary_elements();
   };
-  constexpr int ahead = 8;
-  for (int i = 0; i < n; ++i) {
-    if (i + ahead < n) prefetch_run(summary_of(task.first + i + ahead), static_cast<int>(layout.summary_elements() * sizeof(uint16_t)));
-    const uint16_t* summary = summary_of(task.first + i);
+  for (int begin = 0; begin < n; begin += lanes) {
+    const uint16_t* summary[lanes];
+    for (int i = 0; i < lanes; ++i) summary[i] = summary_of(begin + i);
+    for (int i = lanes; i < 2 * lanes; ++i) prefetch_run(summary_of(begin + i), layout.summary_elements() * sizeof(uint16_t));
     for (int h = 0; h < group; ++h) {
-      auto acc = S::zero();
+      const float* factor = factors + static_cast<size_t>(h) * padded_dim;
+      typename S::F acc[lanes];
+      for (auto& a : acc) a = S::zero();
       for (int d = 0; d < padded_dim; d += lanes) {
-        acc = S::dot_bf16(acc, S::load_bytes(summary + 2 * d), S::load_bytes(factors + static_cast<size_t>(h) * padded_dim + d));
+        const auto f = S::load_bytes(factor + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) acc[i] = S::dot_bf16(acc[i], S::load_bytes(summary[i] + 2 * d), f);
       }
-      masses[static_cast<size_t>(h) * padded + i] = S::sum(acc) * (task.scale * log2_e);
+      const auto exponents = S::mul(S::sum_of_each(acc), S::set1(task.scale * log2_e));
+      S::store(masses + static_cast<size_t>(h) * padded + begin, exponents);
     }
   }
   std::fill(sums, sums + padded, 0.f);

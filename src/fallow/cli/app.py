@@ -13,6 +13,7 @@ from fallow.cli.options import example
 from fallow.cli.pull import pull
 from fallow.cli.run import run
 from fallow.cli.serve import serve
+from fallow.cli.sparsify import sparsify
 from fallow.cli.subcommand import with_subcommand
 from fallow.cli.train import train
 
@@ -37,4 +38,7 @@ app.command(
     ),
 )(bench)
 app.command(epilog=example("fallow train recipes/quick.toml", "fallow run runs/quick/model --raw"))(train)
+app.command(epilog=example("fallow sparsify smollm2-135m --budget 1% --text book.txt --context 4096 --out lean"))(
+    sparsify
+)
 app.command(epilog=example("fallow info model.gguf --json"))(info)

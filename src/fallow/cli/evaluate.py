@@ -29,6 +29,7 @@ def evaluate(
     from fallow.models.checkpoint import open_checkpoint
     from fallow.models.rope import longest_context
     from fallow.models.tokenizer import load_tokenizer
+    from fallow.plan import SparsityPlan
 
     path = fetch(model)
     with spinner(f"Loading {model}"):
@@ -36,7 +37,9 @@ def evaluate(
         tokenizer.check_vocabulary(checkpoint.config.vocab_size, model)
         context = min(window, longest_context(checkpoint.config.rope, checkpoint.config.max_position_embeddings))
         pages = -(-context // ModelRunner.page_size)
-        runner = ModelRunner(checkpoint, precision=precision, threads=threads, num_pages=pages)
+        runner = ModelRunner(
+            checkpoint, precision=precision, threads=threads, num_pages=pages, plan=SparsityPlan.beside(path)
+        )
     try:
         with progress(unit="tokens") as bar:
             result = perplexity(runner, tokenizer, content, window=window, progress=bar)

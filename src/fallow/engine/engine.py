@@ -87,8 +87,7 @@ class Engine:
     ) -> None:
         _check_options(max_num_seqs, prefill_chunk, max_queue, max_context, speculation)
         path = resolve(model)
-        if plan is None and (path / "plan.json").is_file():
-            plan = SparsityPlan.load(path / "plan.json")
+        plan = plan or SparsityPlan.beside(path)
         # The native core is loaded here: ``over`` does not need it.
         from fallow import _native  # noqa: PLC0415
         from fallow.engine.runner import ModelRunner  # noqa: PLC0415

@@ -99,14 +99,18 @@ class Layer(nn.Module):
             gate = _above_threshold(gate, self.gate_quantile)
         return self.activation(gate) * up
 
-    def _attention(self, x: Tensor, tokens: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+    def queries_keys_values(self, x: Tensor, tokens: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Of normalised ``x [batch, tokens, hidden]``, each ``[batch, heads, tokens, head_dim]``."""
         shape = (*x.shape[:2], -1, self.head_dim)  # [batch, tokens, heads, head_dim]
         values = self.v_proj(x)
         if self.value_embeddings is not None:
             values = values + _embedded(self.value_embeddings, tokens).type_as(values)
         q = _rotated(self.q_norm(self.q_proj(x).view(shape)), rope)
         k = _rotated(self.k_norm(self.k_proj(x).view(shape)), rope)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, values.view(shape)))  # [batch, heads, tokens, head_dim]
+        return q.transpose(1, 2), k.transpose(1, 2), values.view(shape).transpose(1, 2)
+
+    def _attention(self, x: Tensor, tokens: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+        q, k, v = self.queries_keys_values(x, tokens, rope)
         grouped = q.shape[1] != k.shape[1]
         if self.page_rule is not None:
             attended = attention_to_chosen_pages(q, k, v, self.page_rule, self.attention_scale, mask=mask)
@@ -219,7 +223,7 @@ class Decoder(nn.Module):
             if self.residual_mixes is not None:
                 mix = self.residual_mixes[index].type_as(x)
                 x = mix[0] * x + mix[1] * first
-            arguments = (x, tokens, self._rope(window, tokens.shape[1]), masks[window])
+            arguments = (x, tokens, self.rope_of(window, tokens.shape[1]), masks[window])
             again = self.checkpoint_layers and torch.is_grad_enabled()
             x = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
         hidden: Tensor = self.norm(x)
@@ -231,7 +235,8 @@ class Decoder(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _rope(self, window: int | None, tokens: int) -> Rope:
+    def rope_of(self, window: int | None, tokens: int) -> Rope:
+        """The table of a layer with this window, for positions below ``tokens``."""
         local = window is not None and self.config.rope_local is not None
         table = self.get_buffer("rope_local" if local else "rope")[:tokens, None, :]
         cosine, sine = table.chunk(2, -1)

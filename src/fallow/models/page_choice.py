@@ -18,18 +18,20 @@ PAGE_SIZE = 32  # tokens, as in the native core
 _QUERIES = 256  # at once
 
 
-def chosen_pages(q: Tensor, k: Tensor, rule: PageRule, scale: float, first: int = 0) -> Tensor:
-    """Which pages each query reads, bool ``[batch, kv_heads, queries, pages]``.
+def page_masses(q: Tensor, k: Tensor, positions: Tensor, ends: tuple[int, int], scale: float) -> tuple[Tensor, Tensor]:
+    """How much attention a query is expected to pay to a page, summed over the heads that share its keys, ``[batch,
+    kv_heads, queries, pages]``, below 0 where a page is not up for choice; and which pages are read anyway, bool
+    ``[queries, pages]``.
 
-    ``q [batch, heads, queries, head_dim]``, the first of which is the token ``first``; ``k [batch, kv_heads, tokens,
-    head_dim]``. Summaries and what faces them are rounded to bfloat16, as they are kept.
+    ``q [batch, heads, queries, head_dim]`` at ``positions`` (int64 ``[queries]``), ``k [batch, kv_heads, tokens,
+    head_dim]``; ``ends`` are the ``sink_pages`` and ``recent_pages`` of a ``PageRule``. Summaries and what faces them
+    are rounded to bfloat16, as they are kept.
     """
     batch, kv_heads, tokens, dim = k.shape
     pages = tokens // PAGE_SIZE  # full ones
-    position = torch.arange(first, first + q.shape[2], device=q.device)[:, None]
     number = torch.arange(-(-tokens // PAGE_SIZE), device=q.device)
-    own = position // PAGE_SIZE
-    always = (number < rule.sink_pages) | (number > own - rule.recent_pages)
+    own = positions[:, None] // PAGE_SIZE
+    always = ((number < ends[0]) | (number > own - ends[1])) & (number <= own)
     candidates = ~always & (number <= own)  # [queries, pages]
     keys = k[:, :, : pages * PAGE_SIZE].float().reshape(batch, kv_heads, pages, PAGE_SIZE, dim)
     variance, mean = torch.var_mean(keys, 3, correction=0)
@@ -38,10 +40,19 @@ def chosen_pages(q: Tensor, k: Tensor, rule: PageRule, scale: float, first: int 
     expected = grouped @ mean.bfloat16().float().mT[:, :, None] + squares @ variance.bfloat16().float().mT[:, :, None]
     expected = F.pad(expected * scale, (0, len(number) - pages), value=float("-inf"))
     expected = expected.masked_fill(~candidates, float("-inf"))
-    mass = expected.softmax(-1).sum(2).masked_fill(~candidates, -1.0)  # [batch, kv_heads, queries, pages]
-    best = mass.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # each page's place
+    return expected.softmax(-1).sum(2).masked_fill(~candidates, -1.0), always
+
+
+def chosen_pages(q: Tensor, k: Tensor, rule: PageRule, scale: float, first: int = 0) -> Tensor:
+    """Which pages each query reads, bool ``[batch, kv_heads, queries, pages]``; the first query is the token ``first``.
+
+    ``q`` and ``k`` as ``page_masses`` has them.
+    """
+    positions = torch.arange(first, first + q.shape[2], device=q.device)
+    masses, always = page_masses(q, k, positions, (rule.sink_pages, rule.recent_pages), scale)
+    best = masses.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # each page's place
     top = torch.tensor(rule.top_pages, device=q.device)[:, None, None]
-    return (always & (number <= own)) | ((best < top) & candidates)
+    return always | ((best < top) & (masses >= 0))
 
 
 def attention_to_chosen_pages(

@@ -1,0 +1,75 @@
+"""``fallow sparsify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fallow.cli.options import Json, Model, Precision, Threads, fetch
+from fallow.terminal import note, print_fields, print_json, print_table, progress
+
+
+def sparsify(
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write: the model with its plan.")],
+    budget: Annotated[str, typer.Option(metavar="SHARE", help="How much perplexity may rise, as 1% or 0.01.")] = "1%",
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", show_default="the model writes it", help="Text like that which will be served."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=64, help="Sequences that are decoded at once.")] = 1,
+    context: Annotated[int, typer.Option(help="Tokens that each of them has read.")] = 4096,
+    precision: Precision = "auto",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Find what may rest in MODEL within a budget of quality, and write the model with its plan.
+
+    Of a plan's axes this finds one so far: which pages of the KV cache each KV head reads.
+    """
+    share = _share(budget)
+    path = fetch(model)
+
+    from fallow.sparsification import run
+
+    with progress(unit="steps") as bar:
+        result = run.sparsify(
+            path,
+            budget=share,
+            out=out,
+            text=text,
+            batch=batch,
+            context=context,
+            precision=precision,
+            threads=threads,
+            on_note=note,
+            progress=bar,
+        )
+    if json:
+        print_json(result.to_json() | {"model": model})
+        return
+    print_table(
+        {"resting": "right", "perplexity": "right", "predicted": "right"},
+        [
+            (f"{point.resting:.1%}", f"{point.perplexity_ratio - 1:+.2%}", f"{point.speedup:.2f}")
+            for point in result.frontier
+        ],
+    )
+    print_fields(
+        {
+            "load": f"{batch} x {context:,} tokens",
+            "perplexity": f"{result.found.perplexity_ratio - 1:+.2%}",
+            "faster": f"{result.measured:.2f} times (predicted {result.found.speedup:.2f})",
+            "written to": out,
+        }
+    )
+
+
+def _share(text: str) -> float:
+    number, percent = text.removesuffix("%"), text.endswith("%")
+    try:
+        return float(number) / (100 if percent else 1)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no share: write 1% or 0.01", param_hint="--budget") from None

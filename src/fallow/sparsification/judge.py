@@ -1,0 +1,66 @@
+"""What a plan is worth on this machine: perplexity on held-out text, and the time of a step of decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fallow.engine.runner import ModelRunner, Precision
+from fallow.models.tensors import Checkpoint
+from fallow.plan import SparsityPlan
+from fallow.sparsification.plans import Load
+from fallow.sparsification.timing import Decoding, pages_of
+from fallow.terminal import Progress
+
+_SCORED = 1024  # the last tokens of a window, whose context is the longest
+_TURNS = 3  # in which the dense model and the plan are timed
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The engine over ``checkpoint``, judging on ``windows`` of token ids, each of ``load.context`` tokens."""
+
+    checkpoint: Checkpoint
+    windows: Sequence[Sequence[int]]
+    load: Load
+    precision: Precision
+    threads: int | None
+    progress: Progress
+
+    def nll(self, plan: SparsityPlan) -> float:
+        """Nats a token over the ends of the windows."""
+        runner = self._runner(plan, sequences=1)
+        try:
+            scored = min(_SCORED, self.load.context // 2)
+            total = 0.0
+            for done, window in enumerate(self.windows):
+                self.progress("verifying", done, len(self.windows))
+                total -= float(runner.score(window)[-scored:].astype(np.float64).mean())
+            return total / len(self.windows)
+        finally:
+            runner.close()
+
+    def speedup(self, plan: SparsityPlan) -> float:
+        """How many times faster than dense a step of decoding the load is, both at their best in some turns: what else
+        the machine does makes any one slower, and none faster."""
+        runners = [self._runner(rules, self.load.batch) for rules in (SparsityPlan.dense(), plan)]
+        try:
+            self.progress("timing", 0, None)
+            dense, sparse = (Decoding(runner, self.windows, self.load.batch, self.load.context) for runner in runners)
+            turns = [(dense.step_seconds(), sparse.step_seconds()) for _ in range(_TURNS)]
+            return min(seconds for seconds, _ in turns) / min(seconds for _, seconds in turns)
+        finally:
+            for runner in runners:
+                runner.close()
+
+    def _runner(self, plan: SparsityPlan, sequences: int) -> ModelRunner:
+        return ModelRunner(
+            self.checkpoint,
+            precision=self.precision,
+            threads=self.threads,
+            num_pages=sequences * pages_of(self.load.context),
+            max_step_sequences=sequences,
+            plan=plan,
+        )

@@ -1,0 +1,209 @@
+"""From a model to a folder with a plan: calibrate, solve, verify, measure."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fallow.arrays import Float64
+from fallow.engine.engine import Engine
+from fallow.engine.runner import ModelRunner, Precision
+from fallow.errors import FallowError
+from fallow.files import replacing_folder
+from fallow.models.checkpoint import open_checkpoint
+from fallow.models.decoder_weights import load_decoder
+from fallow.models.info import describe
+from fallow.models.rope import longest_context
+from fallow.models.store import resolve
+from fallow.models.tensors import Checkpoint
+from fallow.models.tokenizer import load_tokenizer
+from fallow.plan import FILE_NAME, SparsityPlan
+from fallow.sparsification.judge import Judge
+from fallow.sparsification.page_prices import page_errors
+from fallow.sparsification.plans import Load, PageChoices
+from fallow.sparsification.sensitivity import sensitivities
+from fallow.sparsification.solve import choose
+from fallow.sparsification.text import Windows, cut, written_by
+from fallow.terminal import Progress
+
+_MOST_TRIES = 6
+_CLOSE = 0.85  # of the budget: near enough
+_CAUTION = 0.97  # of the price that would be right if prices were: they are nearly
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan that was measured: the share of the keys and values that rests, and what for. ``speedup`` is predicted
+    from the bytes that a step reads."""
+
+    resting: float
+    perplexity_ratio: float
+    speedup: float
+    plan: SparsityPlan
+
+    def to_json(self) -> dict[str, float]:
+        return {"resting": self.resting, "perplexity_ratio": self.perplexity_ratio, "speedup": self.speedup}
+
+
+@dataclass(frozen=True)
+class SparsifyResult:
+    """``found`` lies in ``folder`` beside the weights; ``measured`` is how many times faster than dense a step of
+    decoding ``load`` is. ``frontier``: the plans that were measured on the way, from the most cautious on."""
+
+    model: str
+    folder: Path
+    load: Load
+    found: Point
+    measured: float
+    frontier: tuple[Point, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "folder": str(self.folder),
+            "plan": self.found.plan.to_json(),
+            "perplexity_ratio": self.found.perplexity_ratio,
+            "speedup": {"predicted": self.found.speedup, "measured": self.measured},
+            "frontier": [point.to_json() for point in self.frontier],
+            "load": asdict(self.load),
+        }
+
+
+def sparsify(
+    model: str | Path,
+    *,
+    out: str | Path,
+    budget: float = 0.01,
+    text: str | Path | None = None,
+    batch: int = 1,
+    context: int = 4096,
+    precision: Precision = "auto",
+    threads: int | None = None,
+    on_note: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda what, done, total: None,
+) -> SparsifyResult:
+    """Find the plan that makes decoding ``batch`` sequences of ``context`` tokens fastest while perplexity on held-out
+    text rises by no more than ``budget`` (0.01: one percent), and write the model with it to the folder ``out``.
+
+    ``text`` is a file; half of its windows price what may rest, the others verify. None: the model writes it. Raises
+    ``FallowError``.
+    """
+    folder = Path(out)
+    if folder.exists():
+        raise FallowError(f"{folder} exists already: give another folder, or remove it.")
+    if not 0 < budget < 1:
+        raise FallowError(f"The budget is {budget}: give a share of perplexity between 0 and 1, such as 0.01 for 1%.")
+    path = resolve(model)
+    checkpoint = open_checkpoint(path)
+    _check_context(checkpoint, context)
+    choices = PageChoices.of(checkpoint.config, Load(batch, context))
+    if not choices.places:
+        raise FallowError("Every layer of the model has a window of its own: no pages can rest.")
+    if text is None:
+        on_note("The model writes the text that it is calibrated on.")
+        with Engine(path, precision=precision, threads=threads, plan=SparsityPlan.dense()) as engine:
+            source, windows = "text of its own", written_by(engine, context)
+    else:
+        source, windows = Path(text).name, _windows_of(path, Path(text), context)
+    provenance = {
+        "made_by": "fallow sparsify",
+        "calibrated_on": source,
+        "budget": f"{budget:.4g}",
+        "load": f"batch {batch}, context {context}",
+        "weights": _digest(checkpoint),
+    }
+    prices = _prices(checkpoint, windows.calibrated, choices, progress)
+    weights = describe(checkpoint, precision=precision).bytes_per_token
+    judge = Judge(checkpoint, windows.verified, choices.load, precision, threads, progress)
+    frontier = _search(judge, choices, prices, weights, budget, provenance, on_note)
+    within = [point for point in frontier if point.perplexity_ratio <= 1 + budget]
+    found = max(within, key=lambda point: point.speedup, default=Point(0.0, 1.0, 1.0, SparsityPlan.dense()))
+    measured = judge.speedup(found.plan)
+    _write(checkpoint, found.plan, folder)
+    ordered = tuple(sorted(frontier, key=lambda point: point.resting))
+    return SparsifyResult(str(model), folder, choices.load, found, measured, ordered)
+
+
+def _search(  # noqa: PLR0917
+    judge: Judge,
+    choices: PageChoices,
+    prices: Float64,
+    weights: int,
+    budget: float,
+    provenance: dict[str, str],
+    on_note: Callable[[str], None],
+) -> list[Point]:
+    """Plans whose measured perplexity comes nearer and nearer to the budget: prices say which parts are cheap, but what
+    all of them cost together is measured."""
+    dense_bytes = weights + choices.bytes_of(choices.dense)
+    dense_nll = judge.nll(SparsityPlan.dense())
+    allowed = math.log1p(budget)
+    price = allowed
+    points: list[Point] = []
+    for _ in range(_MOST_TRIES):
+        chosen = choose(prices, choices.bytes_read, price)
+        plan = choices.plan(chosen, provenance)
+        excess = judge.nll(plan) - dense_nll
+        speedup = dense_bytes / (weights + choices.bytes_of(chosen))
+        points.append(Point(choices.resting(chosen), math.exp(excess), speedup, plan))
+        on_note(f"{points[-1].resting:.1%} of the keys and values rest: perplexity {math.expm1(excess):+.2%}")
+        if _CLOSE * allowed <= excess <= allowed or plan.is_dense:
+            break
+        price *= _CAUTION * min(max(allowed / max(excess, 1e-9), 0.25), 4.0)
+    return points
+
+
+def _check_context(checkpoint: Checkpoint, context: int) -> None:
+    longest = longest_context(checkpoint.config.rope, checkpoint.config.max_position_embeddings) - ModelRunner.page_size
+    if not ModelRunner.page_size < context <= longest:
+        raise FallowError(f"The context is {context}: take one from {ModelRunner.page_size + 1} to {longest}.")
+
+
+def _windows_of(model: Path, text: Path, context: int) -> Windows:
+    try:
+        content = text.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise FallowError(f"{text} is not text in UTF-8 (byte {error.start}): convert it with iconv.") from None
+    except OSError as error:
+        raise FallowError(f"{text} cannot be read: {error.strerror}.") from error
+    ids = load_tokenizer(model).encode(content, add_special_tokens=False, allow_special=False)
+    return cut(ids, context, str(text))
+
+
+def _prices(
+    checkpoint: Checkpoint, windows: Sequence[Sequence[int]], choices: PageChoices, progress: Progress
+) -> Float64:
+    """Nats a token of each choice, ``[places, choices]``; the last one, of all pages, costs none."""
+    decoder = load_decoder(checkpoint, context=choices.load.context).eval().requires_grad_(False)
+    weighed = sensitivities(decoder, windows, torch.Generator().manual_seed(0))
+    nats = (page_errors(decoder, windows, progress=progress) * weighed[:, None, None]).numpy()
+    rows = np.array([nats[layer, head] for layer, head in choices.places])
+    return np.concatenate((rows, np.zeros((len(rows), 1))), 1)
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 of the weights, tensor by tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor.read()).data)
+    return digest.hexdigest()
+
+
+def _write(checkpoint: Checkpoint, plan: SparsityPlan, folder: Path) -> None:
+    """The model's files and the plan; the folder is complete or not there."""
+    source = checkpoint.path
+    files = [source] if source.is_file() else [file for file in source.iterdir() if file.is_file()]
+    with replacing_folder(folder) as partial:
+        for file in files:
+            if file.name != FILE_NAME:
+                shutil.copyfile(file, partial / file.name)
+        plan.save(partial / FILE_NAME)

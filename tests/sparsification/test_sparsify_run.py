@@ -1,0 +1,99 @@
+"""``fallow sparsify`` on the real model, from text to a folder that is served."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import random
+import typing
+from pathlib import Path
+
+import pytest
+
+from fallow.engine.engine import Engine
+from fallow.engine.sampling import SamplingParams
+from fallow.errors import FallowError
+from fallow.plan import SparsityPlan
+from fallow.sparsification.run import SparsifyResult, sparsify
+from fallow.sparsification.text import cut, written_by
+
+CONTEXT = 640
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "source.py"
+    path.write_text(inspect.getsource(random)[:14000] + inspect.getsource(typing)[:14000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def result(smollm2_gguf: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> SparsifyResult:
+    out = tmp_path_factory.mktemp("out") / "lean"
+    return sparsify(smollm2_gguf, out=out, budget=0.02, text=text, context=CONTEXT, threads=2)
+
+
+def test_a_plan_within_the_budget(result: SparsifyResult) -> None:
+    found = result.found
+    assert not found.plan.is_dense
+    assert found.perplexity_ratio <= 1.02
+    assert found in result.frontier
+    assert 0.1 < found.resting < 0.9
+    assert 1 < found.speedup < 2
+    assert result.measured > 0
+    assert found.plan.provenance["calibrated_on"] == "source.py"
+    json = result.to_json()
+    assert set(json) >= {"model", "plan", "perplexity_ratio", "speedup", "frontier"}
+    assert set(json["speedup"]) == {"predicted", "measured"}
+    assert set(json["frontier"][0]) == {"resting", "perplexity_ratio", "speedup"}
+
+
+def test_the_folder_is_the_model_with_its_plan(result: SparsifyResult, smollm2_gguf: Path) -> None:
+    assert SparsityPlan.load(result.folder / "plan.json") == result.found.plan
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0)
+    prompt = list(range(1000, 1000 + 400))
+
+    def answer(model: Path, plan: SparsityPlan | None) -> list[float]:
+        with Engine(model, plan=plan) as engine:
+            return [entry.logprob for entry in engine.generate([prompt], params)[0].outputs[0].logprobs]
+
+    assert answer(result.folder, None) == answer(smollm2_gguf, result.found.plan) != answer(smollm2_gguf, None)
+
+
+def test_what_cannot_be_done_is_a_sentence_and_nothing_is_written(
+    result: SparsifyResult, smollm2_gguf: Path, text: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    damaged = tmp_path / "damaged.txt"
+    damaged.write_bytes(b"\xff\xfe\x00")
+    out = tmp_path / "out"
+    for options, message in (
+        ({"out": result.folder}, "exists already"),
+        ({"budget": 0.0}, "between 0 and 1"),
+        ({"context": 10_000}, "The context is 10000"),
+        ({"context": 32}, "The context is 32"),
+        ({"text": short}, "at least 1,280 are needed"),
+        ({"text": damaged}, "not text in UTF-8"),
+        ({"text": tmp_path / "nowhere.txt"}, "cannot be read"),
+    ):
+        with pytest.raises(FallowError, match=message) as error:
+            sparsify(smollm2_gguf, **{"out": out, "text": text, "context": CONTEXT} | options)
+        assert "\n" not in str(error.value)
+    assert not out.exists()
+
+
+def test_windows_for_calibration_are_kept_apart() -> None:
+    windows = cut(list(range(95)), 10, "numbers")
+    assert windows.calibrated == [list(range(start, start + 10)) for start in (0, 10, 20)]
+    assert windows.verified == [list(range(start, start + 10)) for start in (60, 70, 80)]
+    assert not set(itertools.chain(*windows.calibrated)) & set(itertools.chain(*windows.verified))
+
+
+def test_the_model_writes_its_own_text(smollm2_gguf: Path) -> None:
+    with Engine(smollm2_gguf) as engine:
+        windows = written_by(engine, 40)
+        assert written_by(engine, 40) == windows
+    every = [*windows.calibrated, *windows.verified]
+    assert [len(window) for window in every] == [40] * 4
+    assert len({tuple(window) for window in every}) == 4
