@@ -21,7 +21,8 @@ def test_train_is_a_function_whatever_was_imported():
     assert fallow.train is importlib.import_module("fallow.training.run").train
 
 
-def test_training_without_its_extra_is_a_sentence():
-    code = "import sys; sys.modules['torch'] = None; import fallow; fallow.train"
+@pytest.mark.parametrize(("name", "what"), [("train", "Training"), ("sparsify", "fallow sparsify")])
+def test_what_needs_pytorch_says_so_where_it_is_missing(name: str, what: str):
+    code = f"import sys; sys.modules['torch'] = None; import fallow; fallow.{name}"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "Training needs torch, which is not installed: pip install 'fallow[train]'." in ended.stderr
+    assert f"{what} needs torch, which is not installed: pip install 'fallow[train]'." in ended.stderr

@@ -26,6 +26,11 @@ def test_a_plan_survives_the_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_a_summary() -> None:
+    assert SparsityPlan.dense().summary is None
+    assert PLAN.summary == "ffn in 2 layers, input in 1 layer, head in all layers"
+
+
 def test_an_axis_that_cannot_be_run_is_refused() -> None:
     SparsityPlan.dense().require_axes(())
     PLAN.require_axes(("ffn", "input", "head"))

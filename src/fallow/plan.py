@@ -78,6 +78,17 @@ class SparsityPlan:
     def is_dense(self) -> bool:
         return not any(self.rules(axis) for axis in AXES)
 
+    @property
+    def summary(self) -> str | None:
+        """What may rest, in a few words; None where nothing may."""
+        parts = []
+        for axis in AXES:
+            rules = self.rules(axis)
+            layers = {rule.layer for rule in rules}
+            where = "all layers" if None in layers else f"{len(layers)} layer{'s' * (len(layers) != 1)}"
+            parts += [f"{axis} in {where}"] if rules else []
+        return ", ".join(parts) or None
+
     def require_axes(self, known: Collection[str]) -> None:
         """Raises ``FallowError`` where something may rest on another axis, which cannot be run yet."""
         axes = [axis for axis in AXES if self.rules(axis) and axis not in known]

@@ -13,6 +13,8 @@ import pytest
 from fallow.engine.engine import Engine
 from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError
+from fallow.models.checkpoint import open_checkpoint
+from fallow.models.info import describe
 from fallow.plan import SparsityPlan
 from fallow.sparsification.run import SparsifyResult, sparsify
 from fallow.sparsification.text import cut, written_by
@@ -49,7 +51,9 @@ def test_a_plan_within_the_budget(result: SparsifyResult) -> None:
 
 
 def test_the_folder_is_the_model_with_its_plan(result: SparsifyResult, smollm2_gguf: Path) -> None:
-    assert SparsityPlan.load(result.folder / "plan.json") == result.found.plan
+    plan = SparsityPlan.beside(result.folder)
+    assert plan == result.found.plan
+    assert describe(open_checkpoint(result.folder), plan=plan).plan == plan.summary
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0)
     prompt = list(range(1000, 1000 + 400))
 

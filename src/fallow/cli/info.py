@@ -26,8 +26,10 @@ def info(
     """What is in a model: shapes, precision, size, expected bytes and MACs per token."""
     from fallow.models.checkpoint import open_checkpoint
     from fallow.models.info import describe
+    from fallow.plan import SparsityPlan
 
-    described = describe(open_checkpoint(fetch(model)), precision=precision)
+    path = fetch(model)
+    described = describe(open_checkpoint(path), precision=precision, plan=SparsityPlan.beside(path))
     if json:
         print_json(described.to_json())
         return

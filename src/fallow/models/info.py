@@ -9,6 +9,7 @@ from typing import Any
 
 from fallow.errors import FallowError
 from fallow.models.tensors import Checkpoint, RawTensor, TensorType
+from fallow.plan import SparsityPlan
 
 PRECISIONS = ("auto", "bf16", "q8", "q4")
 TABLES = ("embed_tokens", "value_embeddings")  # last parts of the names of what a token reads one row of
@@ -116,8 +117,9 @@ class ModelInfo:
         return asdict(self) | {"tensors": [asdict(group) | {"shape": list(group.shape)} for group in self.tensors]}
 
 
-def describe(checkpoint: Checkpoint, *, precision: str = "auto") -> ModelInfo:
-    """What ``checkpoint`` holds, and what the engine would make of it at ``precision``.
+def describe(checkpoint: Checkpoint, *, precision: str = "auto", plan: SparsityPlan | None = None) -> ModelInfo:
+    """What ``checkpoint`` holds, and what the engine would make of it at ``precision``; counts are those of the dense
+    model, whatever ``plan`` lets rest.
 
     Raises ``FallowError`` where the precision is unknown. No tensor is read.
     """
@@ -138,7 +140,7 @@ def describe(checkpoint: Checkpoint, *, precision: str = "auto") -> ModelInfo:
         format=checkpoint.format,
         parameters=sum(t.elements for t in tensors.values()),
         precision=precision,
-        plan=None,
+        plan=None if plan is None else plan.summary,
         context=config.max_position_embeddings,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
