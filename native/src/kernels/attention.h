@@ -2,8 +2,8 @@
 // and values in bfloat16 and sums in float32.
 //
 // A query's result is a function of its own keys and of the fixed cut into segments: masked keys enter as exact
-// zeros, as do pages that it has not chosen, so neither the batch nor the chunk in which it came changes a bit. Method: split softmax with running
-// maximum and sum (arXiv 1805.02867, section 3.1).
+// zeros, and so do pages that it has not chosen, so neither the batch nor the chunk in which the query came changes a
+// bit. Method: split softmax with running maximum and sum (arXiv 1805.02867, section 3.1).
 #pragma once
 #include <algorithm>
 #include <limits>

@@ -89,7 +89,7 @@ def _block(logits: Tensor, targets: Tensor, softcap: float | None, needs_gradien
     loss = torch.where(counts, normaliser - wide.gather(-1, chosen), 0.0).sum()
     if not needs_gradient:
         return loss, logits
-    gradient = wide.sub_(normaliser).exp_() * counts.sum(-1, keepdim=True)
+    gradient = wide.sub_(normaliser).exp_().mul_(counts.sum(-1, keepdim=True))
     if torch.compiler.is_compiling():  # comparisons become part of the one pass, a scatter does not
         places = torch.arange(wide.shape[-1], device=wide.device)
         for column in targets.unbind(-1):  # what does not count is no place
