@@ -36,6 +36,7 @@ from fallow.engine.speculate import DRAFT_ROWS
 from fallow.errors import FallowError, RequestError
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.config import ModelConfig
+from fallow.models.resting import AXES
 from fallow.models.rope import longest_context
 from fallow.models.store import resolve
 from fallow.models.tokenizer import Tokenizer, load_tokenizer
@@ -88,6 +89,8 @@ class Engine:
         _check_options(max_num_seqs, prefill_chunk, max_queue, max_context, speculation)
         path = resolve(model)
         plan = plan or SparsityPlan.beside(path)
+        if plan is not None:
+            plan.require_axes(AXES)
         # The native core is loaded here: ``over`` does not need it.
         from fallow import _native  # noqa: PLC0415
         from fallow.engine.runner import ModelRunner  # noqa: PLC0415
