@@ -15,6 +15,14 @@ from typing import BinaryIO
 from fallow.errors import FallowError
 
 
+def decoded(content: bytes, name: str | Path) -> str:
+    """What was read from ``name``, as text. Raises ``FallowError`` where it is not UTF-8."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise FallowError(f"{name} is not text in UTF-8 (byte {error.start}): convert it with iconv.") from None
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of ``path`` when the block ends, and leaves it as it was where it raises."""

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fallow.cli.options import Json, Model, Precision, Threads, fetch
-from fallow.errors import FallowError
+from fallow.files import decoded
 from fallow.terminal import print_fields, print_json, progress, spinner
 
 
@@ -54,8 +54,4 @@ def evaluate(
 
 
 def read_text(name: str) -> str:
-    try:
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise FallowError(f"{name} is not text in UTF-8 (byte {error.start}): convert it with iconv") from None
+    return decoded(sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes(), name)

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from fallow.data.docstrings import questions
 from fallow.errors import FallowError
+from fallow.files import decoded
 
 STANDARD_LIBRARY = "python-stdlib"
 STANDARD_LIBRARY_CHAT = "python-stdlib-chat"
@@ -152,10 +153,7 @@ def _documents(path: Path) -> Iterator[Document]:
             yield from _json_lines(path, file)
             return
         data = file.read()
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise FallowError(f"{path} is not text in UTF-8 (byte {error.start}): convert it with iconv.") from None
+    text = decoded(data, path)
     if text.strip():
         yield Document(str(path), text)
 

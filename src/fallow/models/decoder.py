@@ -223,7 +223,7 @@ class Decoder(nn.Module):
             if self.residual_mixes is not None:
                 mix = self.residual_mixes[index].type_as(x)
                 x = mix[0] * x + mix[1] * first
-            arguments = (x, tokens, self.rope_of(window, tokens.shape[1]), masks[window])
+            arguments = (x, tokens, self._rope(window, tokens.shape[1]), masks[window])
             again = self.checkpoint_layers and torch.is_grad_enabled()
             x = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
         hidden: Tensor = self.norm(x)
@@ -235,8 +235,7 @@ class Decoder(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def rope_of(self, window: int | None, tokens: int) -> Rope:
-        """The table of a layer with this window, for positions below ``tokens``."""
+    def _rope(self, window: int | None, tokens: int) -> Rope:
         local = window is not None and self.config.rope_local is not None
         table = self.get_buffer("rope_local" if local else "rope")[:tokens, None, :]
         cosine, sine = table.chunk(2, -1)

@@ -35,8 +35,9 @@ def page_errors(
     errors = torch.zeros(config.num_hidden_layers, config.num_key_value_heads, len(COUNTS), dtype=torch.float64)
     done = 0
 
-    def look(index: int, layer: Layer, x: Tensor, tokens: Tensor, rope: Rope) -> None:
+    def look(index: int, layer: Layer, arguments: tuple[Any, ...]) -> None:
         nonlocal done
+        x, tokens, rope, _ = arguments
         if config.layer_windows[index] is None:
             errors[index] += _layer_errors(layer, x, tokens, rope)
         done += 1
@@ -45,8 +46,7 @@ def page_errors(
     hooks = []
     for index, layer in enumerate(decoder.layers):
         assert isinstance(layer, Layer)
-        hook = partial(_looked_at, look, index)
-        hooks.append(layer.register_forward_pre_hook(hook))
+        hooks.append(layer.register_forward_pre_hook(partial(look, index)))
     try:
         for window in windows:
             decoder(torch.tensor([list(window)]))
@@ -54,11 +54,6 @@ def page_errors(
         for handle in hooks:
             handle.remove()
     return errors / len(windows)
-
-
-def _looked_at(look: Callable[..., None], index: int, layer: Layer, arguments: tuple[Any, ...]) -> None:
-    x, tokens, rope, _ = arguments
-    look(index, layer, x, tokens, rope)
 
 
 def _layer_errors(layer: Layer, x: Tensor, tokens: Tensor, rope: Rope) -> Tensor:

@@ -17,7 +17,7 @@ from fallow.arrays import Float64
 from fallow.engine.engine import Engine
 from fallow.engine.runner import ModelRunner, Precision
 from fallow.errors import FallowError
-from fallow.files import replacing_folder
+from fallow.files import decoded, replacing_folder
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.decoder_weights import load_decoder
 from fallow.models.info import describe
@@ -169,9 +169,7 @@ def _check_context(checkpoint: Checkpoint, context: int) -> None:
 
 def _windows_of(model: Path, text: Path, context: int) -> Windows:
     try:
-        content = text.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise FallowError(f"{text} is not text in UTF-8 (byte {error.start}): convert it with iconv.") from None
+        content = decoded(text.read_bytes(), text)
     except OSError as error:
         raise FallowError(f"{text} cannot be read: {error.strerror}.") from error
     ids = load_tokenizer(model).encode(content, add_special_tokens=False, allow_special=False)
