@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from fallow.bench.training.run import compare_trainings, tune
 from fallow.bench.training.sides import check_models, load_sides
 from fallow.bench.training.windows import write_train, write_valid
 from fallow.errors import FallowError
+from fallow.meter.processes import process_tree
 from fallow.models.hf_document import hf_document
 from fallow.training.corpus import Corpus, open_corpus
 from fallow.training.export import export_model
@@ -258,9 +260,10 @@ def test_an_interrupted_comparison_goes_on(recipe_file: Path, tmp_path: Path):
 
 def test_a_search_runs_no_trial_twice(recipe_file: Path, tmp_path: Path):
     trials = tmp_path / "baselines" / "tiny-trials.jsonl"
-    first = tune(recipe_file, "ours", threads=1)
+    first = tune(recipe_file, "ours", threads=1, jobs=2)
     lines = trials.read_bytes()
     assert len(lines.splitlines()) == 3  # the second stage begins with what the first one found
+    assert not any(trial["quiet"] for trial in first.trials)
     assert first.loss == min(trial["loss"] for trial in first.trials)
     assert first.best.keys() == {"optimizer.0.lr", "train.batch"}
     assert {trial["tokens"] for trial in first.trials} == {341}
@@ -272,6 +275,37 @@ def test_a_search_runs_no_trial_twice(recipe_file: Path, tmp_path: Path):
     # What is compiled changes no loss, so it makes no other trial.
     third = tune(recipe_file, "ours", threads=1, overrides=["train.compile=true"])
     assert third.trials == second.trials
+
+
+def test_a_trial_that_fails_leaves_those_beside_it(recipe_file: Path, tmp_path: Path):
+    search = tmp_path / "baselines" / "tiny-search.toml"
+    search.write_text('[[ours]]\nkey = "train.batch"\nvalues = [3, 4]\nshare = 1.0\n')  # 3 does not divide the text
+    with pytest.raises(FallowError, match="leaves a rest"):
+        tune(recipe_file, "ours", threads=1, jobs=2)
+    (kept,) = Records(tmp_path / "baselines" / "tiny-trials.jsonl").all()
+    assert kept["config"]["train"]["batch"] == 4
+    assert kept["tokens"] == 1024
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_ends_the_trials_that_run(recipe_file: Path, jobs: int):
+    command = [sys.executable, "-m", "fallow", "bench", "train", recipe_file, "--tune", "ours", "--jobs", str(jobs)]
+    with subprocess.Popen([*command, "--set", "train.tokens=100_000_000"], stderr=subprocess.PIPE, text=True) as search:
+        while len(trainers := [pid for pid in process_tree(search.pid) if "our_trainer" in command_line(pid)]) < jobs:
+            assert search.poll() is None, search.stderr.read() if search.stderr else ""
+            time.sleep(0.1)
+        search.send_signal(signal.SIGINT)
+        search.wait(timeout=60)
+    assert search.returncode == 130
+    assert not any("our_trainer" in command_line(pid) for pid in trainers)
+
+
+def command_line(pid: int) -> str:
+    """Empty where the process has gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def record(side: str, seed: int, loss: float, seconds: float, tokens: int = 1000) -> dict[str, Any]:

@@ -11,25 +11,39 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 
 
 class Guard:
-    """The process that watches. It is started when the first group is put under its protection."""
+    """The process that watches. It is started when the first group is put under its protection. Threads may share it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._groups: set[int] = set()
+        self._lock = threading.Lock()
 
     def protect(self, group: int) -> None:
         """Kill process group ``group`` when this process ends."""
-        if self._process is None or self._process.poll() is not None:
-            # Ctrl-C must not reach it, so that it is there to the end.
-            self._process = subprocess.Popen([sys.executable, "-I", __file__], stdin=subprocess.PIPE, process_group=0)
-        self._say(f"+{group}\n")
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                # Ctrl-C must not reach it, so that it is there to the end.
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", __file__], stdin=subprocess.PIPE, process_group=0
+                )
+            self._groups.add(group)
+            self._say(f"+{group}\n")
 
     def release(self, group: int) -> None:
         """``group`` has ended, and its number may mean another one from now on."""
-        self._say(f"-{group}\n")
+        with self._lock:
+            self._groups.discard(group)
+            self._say(f"-{group}\n")
+
+    def end_all(self) -> None:
+        """Kill what is protected now."""
+        with self._lock:
+            _kill(self._groups)
 
     def _say(self, line: str) -> None:
         assert self._process is not None
@@ -47,6 +61,10 @@ def watch(lines: Iterable[str]) -> None:
     groups: set[int] = set()
     for line in lines:
         (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+    _kill(groups)
+
+
+def _kill(groups: Iterable[int]) -> None:
     for group in groups:
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)

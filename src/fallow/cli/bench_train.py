@@ -21,11 +21,12 @@ def bench_train(
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each side, each with a seed of its own.")] = 3,
     tune: Annotated[
         Literal["baseline", "baseline-muon", "ours", "free"] | None,
-        typer.Option(help="Search the settings of a side instead, with a third of the tokens."),
+        typer.Option(help="Search the settings of a side instead, as baselines/NAME-search.toml says."),
     ] = None,
     trials: Annotated[
         Path | None, typer.Option(metavar="FILE", show_default="baselines/NAME-trials.jsonl", help="Trials of --tune.")
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Trials of --tune at a time.")] = 1,
     results: Annotated[
         Path | None,
         typer.Option(metavar="FILE", show_default="runs/bench-NAME.jsonl", help="Where finished trainings are kept."),
@@ -38,8 +39,8 @@ def bench_train(
 
     The baselines' settings lie beside RECIPE in baselines/; trainings that finished are not repeated.
     """
-    if tune is None and trials is not None:
-        raise typer.BadParameter("--trials belongs to --tune")
+    if tune is None and (trials is not None or jobs != 1):
+        raise typer.BadParameter("--trials and --jobs belong to --tune")
     if tune is not None and (results is not None or fresh):
         raise typer.BadParameter("--results and --fresh are of the comparison: leave them out with --tune")
 
@@ -53,6 +54,7 @@ def bench_train(
                 overrides=override or (),
                 threads=threads,
                 trials=trials,
+                jobs=jobs,
                 on_note=note,
                 progress=bar,
             )

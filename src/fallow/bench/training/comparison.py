@@ -130,4 +130,9 @@ def _figures(run: Record) -> dict[str, Any]:
 
 def _medians(runs: list[Record]) -> dict[str, float | None]:
     ended = [run for run in runs if run["loss"] is not None]
-    return {name: float(median(run[name] for run in ended)) if ended else None for name in _MEDIANS}
+    return {name: _median([run[name] for run in ended]) for name in _MEDIANS}
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(median(known)) if known else None

@@ -48,28 +48,30 @@ def tune(
     overrides: Iterable[str] = (),
     threads: int | None = None,
     trials: str | Path | None = None,
+    jobs: int = 1,
     on_note: Callable[[str], None] = lambda text: None,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Search the settings of ``side``, as ``baselines/NAME-search.toml`` beside the recipe says.
 
-    Trials are kept in ``trials`` (default: ``baselines/NAME-trials.jsonl``) and never run twice. Raises
-    ``FallowError``.
+    Trials are kept in ``trials`` (default: ``baselines/NAME-trials.jsonl``) and never run twice; ``jobs`` run at a
+    time, of ``threads`` each (default: an equal part of the cores). Raises ``FallowError``.
     """
     path = Path(recipe)
-    sides, runner = _opened(path, overrides, threads, progress)
+    sides, runner = _opened(path, overrides, threads, progress, jobs)
     if side not in sides:
         raise FallowError(f"{path.stem} has no side {side}: it has {', '.join(sides)}.")
     baselines = path.parent / "baselines"
     plan = load_plan(baselines / f"{path.stem}-search.toml")
     records = Records(Path(trials) if trials is not None else baselines / f"{path.stem}-trials.jsonl")
-    return search(sides[side], getattr(plan, side), records, runner, on_note=on_note)
+    return search(sides[side], plan, records, runner, on_note=on_note)
 
 
 def _opened(
-    path: Path, overrides: Iterable[str], threads: int | None, progress: Progress | None
+    path: Path, overrides: Iterable[str], threads: int | None, progress: Progress | None, jobs: int = 1
 ) -> tuple[dict[str, Side], Runner]:
     sides = load_sides(path, overrides)
     corpus = open_corpus(sides[OURS].recipe, progress)
     parameters = check_models(sides, corpus.tokenizer)
-    return sides, Runner(corpus, parameters, threads or _native.usable_cores(), progress)
+    threads = threads or max(_native.usable_cores() // jobs, 1)
+    return sides, Runner(corpus, parameters, threads, jobs, progress)

@@ -38,11 +38,13 @@ def corpus_digest(corpus: Corpus) -> str:
 
 @dataclass
 class Runner:
-    """Trains sides of one recipe. ``parameters`` are those of our model."""
+    """Trains sides of one recipe. ``parameters`` are those of our model; ``jobs`` trainings run at a time, of
+    ``threads`` each. On a GPU where a trainer's PyTorch sees one."""
 
     corpus: Corpus
     parameters: int
     threads: int
+    jobs: int = 1
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +65,8 @@ class Runner:
         """Train ``side`` to the end of its schedule and evaluate it.
 
         Loss in nats a token; None with the reason in ``diverged`` where it was lost. ``quiet`` says that this process
-        had its normal priority: only then are seconds and joules worth reading. Raises ``FallowError``.
+        had its normal priority and ran one training at a time: only then are seconds and joules worth reading. Joules
+        are None on an ``accelerator``, which the meter does not see. Raises ``FallowError``.
         """
         corpus = open_corpus(side.recipe)  # in the order of its seed
         count = evaluated_windows(side.recipe, corpus.valid)
@@ -78,7 +81,7 @@ class Runner:
             "bits_per_byte": None,
             **_performance(said),
             "threads": self.threads,
-            "quiet": os.getpriority(os.PRIO_PROCESS, 0) <= 0,
+            "quiet": self.jobs == 1 and os.getpriority(os.PRIO_PROCESS, 0) <= 0,
             "machine": machine(),
             "commit": commit(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
@@ -149,6 +152,7 @@ class Runner:
 def _performance(said: dict[str, Any]) -> dict[str, Any]:
     if "diverged" in said:
         return {}
-    names = ("steps", "seconds", "compile_seconds", "joules", "energy_source", "peak_memory_bytes")
+    names = ("steps", "seconds", "compile_seconds", "joules", "energy_source", "peak_memory_bytes", "accelerator")
     rate = said["tokens"] / said["seconds"]
-    return {"trained_tokens": said["tokens"], "tokens_per_s": rate, **{name: said[name] for name in names}}
+    found = {"trained_tokens": said["tokens"], "tokens_per_s": rate, **{name: said[name] for name in names}}
+    return found if said["accelerator"] is None else found | {"joules": None, "energy_source": None}

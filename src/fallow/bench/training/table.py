@@ -40,7 +40,7 @@ def print_comparison(comparison: Comparison) -> None:
                 f"{factors['tokens_per_s']:.2f} by tokens a second"
             )
     if not comparison.quiet:
-        notes["seconds"] = "some runs had a low priority: their times and joules mean nothing"
+        notes["seconds"] = "some runs had a low priority or ran beside others: their times and joules mean nothing"
     print_fields(notes)
 
 
@@ -57,7 +57,7 @@ def _cells(run: dict[str, object]) -> tuple[object, ...]:
     seconds, compiling, joules, peak = (run[k] for k in ("seconds", "compile_seconds", "joules", "peak_memory_bytes"))
     assert isinstance(seconds, float)
     assert isinstance(compiling, float)
-    assert isinstance(joules, float)
+    assert isinstance(joules, float | None)
     assert isinstance(peak, int)
     return (
         f"{run['loss']:.4f}",
@@ -66,6 +66,6 @@ def _cells(run: dict[str, object]) -> tuple[object, ...]:
         f"{run['tokens_per_s']:,.0f}",
         f"{seconds:,.0f}",
         f"{compiling:,.0f}",
-        f"{joules:,.0f}",
+        "" if joules is None else f"{joules:,.0f}",
         f"{peak / 1e6:,.0f}",
     )

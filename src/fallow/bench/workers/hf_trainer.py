@@ -132,7 +132,7 @@ def run(job: dict[str, Any], say: Say) -> dict[str, Any]:
     steps = job["steps"]
     arguments = TrainingArguments(
         output_dir=job["folder"],
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         max_steps=steps,
         per_device_train_batch_size=settings["batch"],
         per_device_eval_batch_size=8,
@@ -166,6 +166,7 @@ def run(job: dict[str, Any], say: Say) -> dict[str, Any]:
     pairs = np.load(job["valid"], mmap_mode="r")
     return {
         **clock.used(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "tokens": steps * settings["batch"] * int(pairs.shape[2]),
         "loss": trainer.evaluate()["eval_loss"],
         "validation_tokens": int(pairs.shape[1] * pairs.shape[2]),

@@ -33,6 +33,7 @@ def run(job: dict[str, Any], say: Say) -> dict[str, Any]:
         raise FallowError(f"The training was stopped by signal {result.stopped}.")
     return {
         **clock.used(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "tokens": result.tokens,
         "loss": result.validation.loss,
         "validation_tokens": result.validation.tokens,
