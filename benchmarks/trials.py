@@ -20,6 +20,7 @@ from fallow.training.corpus import open_corpus
 from fallow.training.loop import StepReport, Trainer
 from fallow.training.model import new_decoder
 from fallow.training.optimizers.build import state_bytes
+from fallow.training.processes import Processes, joined
 from fallow.training.recipe import Recipe
 
 
@@ -55,9 +56,14 @@ def run_missing(
 def _run(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Train to the end of the recipe; where the loss is lost, ``lost`` says how and ``bits_per_byte`` is None."""
     folder.mkdir(parents=True, exist_ok=True)
+    with joined() as processes:  # on a GPU where there is one
+        return _trained(recipe, folder, processes)
+
+
+def _trained(recipe: Recipe, folder: Path, processes: Processes) -> dict[str, Any]:
     corpus = open_corpus(recipe)
     decoder = new_decoder(recipe, corpus.tokenizer)
-    trainer = Trainer(recipe, decoder, corpus, folder, on_note=note)
+    trainer = Trainer(recipe, decoder, corpus, folder, processes=processes, on_note=note)
     trainer.resume()
     reports: list[StepReport] = []
     facts: dict[str, Any] = {"parameters": sum(p.numel() for p in decoder.parameters()), "tokens": recipe.train.tokens}
@@ -74,6 +80,7 @@ def _run(recipe: Recipe, folder: Path) -> dict[str, Any]:
         "state_bytes": state_bytes(trainer.optimizers),
         "tokens_per_s": statistics.median(report.tokens_per_s for report in reports),
         "seconds": trainer.state.seconds,
+        "device": processes.device.type,
     }
     activity = trainer.activity()
     return facts if activity is None else facts | {"activity": activity.to_json()}

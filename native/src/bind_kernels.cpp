@@ -185,6 +185,35 @@ nb::tuple attention(const std::string& isa, const Matrix& qkv, const Matrix& tab
                         owned<uint8_t>(std::move(flags), {static_cast<size_t>(queries), static_cast<size_t>(num_kv_heads), static_cast<size_t>(pages)}));
 }
 
+// Of hidden states and gates the neurons, and what they add to `initial`: begun in the middle, as threads share them.
+nb::tuple feed_forward(const std::string& isa, const std::optional<WeightSource>& up, const WeightSource& down, const Matrix& x, const Matrix& gates,
+                       const std::string& precision, const std::string& activation, float threshold, const Matrix& initial) {
+  const Kernels& kernels = kernels_of(isa);
+  const int rows = static_cast<int>(x.shape(0));
+  const PackedNeurons w = pack_neuron_sources(up, down, static_cast<int>(gates.shape(1)), precision);
+  if (gates.shape(0) != x.shape(0) || initial.shape(0) != x.shape(0) || x.shape(1) != static_cast<size_t>(w.in_features) ||
+      initial.shape(1) != x.shape(1)) {
+    throw std::invalid_argument("shapes do not fit");
+  }
+  const size_t stride = rounded(w.count, lanes);
+  const Memory neurons = padded_rows(gates, stride);
+  const Memory out = padded_rows(initial, w.in_features);
+  if (w.gated) {
+    const NeuronTask task{&w, rows, x.data(), x.shape(1), neurons.as<float>(), stride, activation_of(activation), threshold};
+    const int half = w.count / 2 / lanes * lanes;
+    kernels.neurons(task, half, w.count);
+    kernels.neurons(task, 0, half);
+  }
+  const SpreadTask task{&w, rows, neurons.as<float>(), stride, w.gated ? 0.f : threshold, out.as<float>(), x.shape(1)};
+  const int half = w.in_features / 2 / lanes * lanes;
+  kernels.spread(task, half, w.in_features);
+  kernels.spread(task, 0, half);
+  std::vector<float> values(gates.size());
+  for (int r = 0; r < rows; ++r) std::memcpy(values.data() + r * gates.shape(1), neurons.as<float>() + r * stride, gates.shape(1) * sizeof(float));
+  std::vector<float> sums(out.as<float>(), out.as<float>() + initial.size());
+  return nb::make_tuple(owned<float>(std::move(values), {gates.shape(0), gates.shape(1)}), owned<float>(std::move(sums), {x.shape(0), x.shape(1)}));
+}
+
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
@@ -197,6 +226,8 @@ void bind_kernels(nb::module_& m) {
   m.def("above_threshold", &above_threshold, "isa"_a, "x"_a, "quantile"_a);
   m.def("attention", &attention, "isa"_a, "qkv"_a, "table"_a, nb::kw_only(), "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "rotary_dim"_a,
         "queries"_a, "window"_a, "scale"_a, "sink_pages"_a = 0, "recent_pages"_a = 1, "top_pages"_a = std::vector<int>{});
+  m.def("feed_forward", &feed_forward, "isa"_a, "up"_a.none(), "down"_a, "x"_a, "gates"_a, nb::kw_only(), "precision"_a, "activation"_a, "threshold"_a,
+        "initial"_a);
   m.def(
       "unpack",
       [](const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision) {

@@ -2,16 +2,19 @@
 #pragma once
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "kernels.h"
+#include "neurons.h"
 #include "packed.h"
 
 namespace fallow {
@@ -30,6 +33,7 @@ nanobind::ndarray<nanobind::numpy, T> owned(std::vector<T> values, std::vector<s
 
 // Releases the interpreter lock while it packs.
 PackedLinear pack_sources(const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision);
+PackedNeurons pack_neuron_sources(const std::optional<WeightSource>& up, const WeightSource& down, int count, const std::string& precision);
 // What activations must look like for these weights.
 ActivationFormat format_for(const PackedLinear& w);
 Epilogue epilogue_of(const std::string& name);

@@ -70,6 +70,12 @@ void bind_program(nb::module_& m) {
             return p.add_weights(pack_sources(sources, in_features, interleave, asymmetric, precision));
           },
           "sources"_a, "in_features"_a, nb::kw_only(), "interleave"_a = false, "asymmetric"_a = false, "precision"_a = "own")
+      .def(
+          "neuron_weights",
+          [](Program& p, const std::optional<WeightSource>& up, const WeightSource& down, int count, const std::string& precision) {
+            return p.add_neurons(pack_neuron_sources(up, down, count, precision));
+          },
+          "up"_a.none(), "down"_a, "count"_a, nb::kw_only(), "precision"_a)
       .def("describe", [](const Program& p, int w) { return describe(p.weights(w)); }, "weights"_a)
       .def("activations_for", [](Program& p, int w) { return p.add_activations(format_for(p.weights(w))); }, "weights"_a)
       .def(
@@ -80,8 +86,10 @@ void bind_program(nb::module_& m) {
            "out"_a, "eps"_a)
       .def(
           "norm_quantise",
-          [](Program& p, int x, int weight, const std::vector<int>& out, float eps) { p.add(op::NormQuantise{x, weight, out, eps}); }, "x"_a,
-          "weight"_a, "out"_a, "eps"_a)
+          [](Program& p, int x, int weight, const std::vector<int>& out, float eps, int kept) {
+            p.add(op::NormQuantise{x, weight, out, eps, kept});
+          },
+          "x"_a, "weight"_a, "out"_a, "eps"_a, nb::kw_only(), "kept"_a = -1)
       .def("quantise", [](Program& p, int x, int out) { p.add(op::Quantise{x, out}); }, "x"_a, "out"_a)
       .def(
           "linear",
@@ -114,6 +122,15 @@ void bind_program(nb::module_& m) {
           "first"_a, "out"_a, nb::kw_only(), "keep"_a, "again"_a)
       .def("soft_cap", [](Program& p, int x, float cap) { p.add(op::SoftCap{x, cap}); }, "x"_a, "cap"_a)
       .def("above_threshold", [](Program& p, int x, float quantile) { p.add(op::AboveThreshold{x, quantile}); }, "x"_a, "quantile"_a)
+      .def(
+          "neurons",
+          [](Program& p, int x, int gates, int weights, const std::string& activation, float threshold) {
+            p.add(op::Neurons{x, gates, weights, activation_of(activation), threshold});
+          },
+          "x"_a, "gates"_a, "weights"_a, nb::kw_only(), "activation"_a, "threshold"_a)
+      .def(
+          "spread", [](Program& p, int x, int weights, int out, float threshold) { p.add(op::Spread{x, weights, out, threshold}); }, "x"_a,
+          "weights"_a, "out"_a, nb::kw_only(), "threshold"_a = 0.f)
       .def("gather", [](Program& p, int x, int out) { p.add(op::Gather{x, out}); }, "x"_a, "out"_a)
       .def("finish", &Program::finish, "logits"_a)
       .def(

@@ -70,7 +70,9 @@ Program::Part Program::part_of(int index, int thread) const {
   const int n = rows(index);
   const bool by_columns = std::holds_alternative<op::Linear>(operations_[index]) ||
                           std::holds_alternative<op::Quantise>(operations_[index]) ||
-                          std::holds_alternative<op::SoftCap>(operations_[index]);
+                          std::holds_alternative<op::SoftCap>(operations_[index]) ||
+                          std::holds_alternative<op::Neurons>(operations_[index]) ||
+                          std::holds_alternative<op::Spread>(operations_[index]);
   if (by_columns) return {0, n, thread, pool_.size(), 0};
   return {share(n, thread), share(n, thread + 1), 0, 1, 0};
 }
@@ -120,6 +122,7 @@ void Program::execute(const op::NormQuantise& o, int index, int thread, const Pa
     const int centre = o.first_centre >= 0 && position(index, r) == 0 ? o.first_centre : o.centre;
     const float* shift = centre < 0 ? nullptr : vectors_[centre].data();
     kernels_.rms_norm({row(o.x, r, part), vectors_[o.weight].data(), o.eps, width, shift}, normed);
+    if (o.kept >= 0) kernels_.rms_norm({row(o.x, r, part), vectors_[o.weight].data(), o.eps, width}, row(o.kept, r, part));
     if (summed > 0) add_to_sums(position(index, r), normed, sums);
     for (const int a : o.out) kernels_.quantise(normed, activations_[a].format, activation_row(a, r, part), 0, activations_[a].format.groups());
   });
@@ -206,6 +209,22 @@ void Program::execute(const op::SoftCap& o, int, int, const Part& part) {
 
 void Program::execute(const op::AboveThreshold& o, int, int, const Part& part) {
   for (int r = part.begin; r < part.end; ++r) kernels_.above_threshold(row(o.x, r, part), buffers_[o.x].width, o.quantile);
+}
+
+void Program::execute(const op::Neurons& o, int, int, const Part& part) {
+  const PackedNeurons& w = *neurons_[o.neurons];
+  const int blocks = (w.count + lanes - 1) / lanes;
+  const NeuronTask task{&w,          part.end - part.begin, row(o.x, part.begin, part), buffers_[o.x].stride, row(o.gates, part.begin, part),
+                        buffers_[o.gates].stride, o.activation, o.threshold};
+  kernels_.neurons(task, part.first_of(blocks) * lanes, std::min(part.end_of(blocks) * lanes, w.count));
+}
+
+void Program::execute(const op::Spread& o, int, int, const Part& part) {
+  const PackedNeurons& w = *neurons_[o.neurons];
+  const int blocks = w.in_features / lanes;
+  const SpreadTask task{&w, part.end - part.begin, row(o.x, part.begin, part), buffers_[o.x].stride, o.threshold,
+                        row(o.out, part.begin, part), buffers_[o.out].stride};
+  kernels_.spread(task, part.first_of(blocks) * lanes, part.end_of(blocks) * lanes);
 }
 
 void Program::execute(const op::Gather& o, int, int, const Part& part) {

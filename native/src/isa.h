@@ -4,6 +4,7 @@
 #include "kernels/attention.h"
 #include "kernels/elementwise.h"
 #include "kernels/linear.h"
+#include "kernels/neurons.h"
 #include "kernels/normalise.h"
 #include "kernels/pages.h"
 #include "kernels/rope.h"
@@ -15,7 +16,7 @@ template <class S>
 constexpr Kernels make_kernels() {
   return {S::name,          kernels::linear<S>,   kernels::quantise<S>, kernels::rms_norm<S>,  kernels::add<S>,   kernels::gate<S>,
           kernels::mix<S>,  kernels::soft_cap<S>, kernels::above_threshold<S>, kernels::rope<S>, kernels::attention<S>, kernels::merge<S>,
-          kernels::finish<S>, kernels::summarise<S>, kernels::choose_pages<S>};
+          kernels::finish<S>, kernels::summarise<S>, kernels::choose_pages<S>, kernels::neurons<S>, kernels::spread<S>};
 }
 
 }  // namespace fallow

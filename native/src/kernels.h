@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "activations.h"
+#include "neurons.h"
 #include "packed.h"
 
 namespace fallow {
@@ -121,6 +122,30 @@ struct RopeTask {
   int next_position = 0;
 };
 
+// Neurons of a gated feed-forward network: of those whose activated gate is beyond the threshold the product with the up
+// projection, of all others zero.
+struct NeuronTask {
+  const PackedNeurons* weights;
+  int rows;
+  const float* x;  // [rows][x_stride], normalised hidden states
+  size_t x_stride;
+  float* neurons;  // [rows][stride]: gates, which become neurons
+  size_t stride;
+  Activation activation;
+  float threshold;
+};
+
+// What the neurons beyond the threshold add to the hidden states.
+struct SpreadTask {
+  const PackedNeurons* weights;
+  int rows;
+  const float* neurons;  // [rows][stride]
+  size_t stride;
+  float threshold;
+  float* out;  // [rows][out_stride]
+  size_t out_stride;
+};
+
 struct Kernels {
   const char* name;
   // Tiles [begin, end) of the weights, begin even. scratch: linear_scratch_bytes(in_features).
@@ -146,6 +171,10 @@ struct Kernels {
   void (*summarise)(const KvLayout&, const uint16_t* keys, uint16_t* summary);
   // Sets the bits of the pages that are chosen. scratch: page_choice_scratch_floats(layout, end - first) floats.
   void (*choose_pages)(const PageChoiceTask&, uint8_t* chosen, float* scratch);
+  // Neurons [begin, end), begin a multiple of 16.
+  void (*neurons)(const NeuronTask&, int begin, int end);
+  // To columns [begin, end), multiples of 16.
+  void (*spread)(const SpreadTask&, int begin, int end);
 };
 
 inline size_t linear_scratch_bytes(int in_features) { return static_cast<size_t>(in_features) * lanes * 2; }

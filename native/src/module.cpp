@@ -17,6 +17,17 @@ PackedLinear pack_sources(const std::vector<WeightSource>& sources, int in_featu
   return pack_linear(rows, in_features, {interleave, asymmetric, precision});
 }
 
+PackedNeurons pack_neuron_sources(const std::optional<WeightSource>& up, const WeightSource& down, int count, const std::string& precision) {
+  const auto source = [](const WeightSource& s) {
+    const auto& [type, data] = s;
+    return RowSource{type, data.data(), data.size(), static_cast<int>(data.shape(0))};
+  };
+  const RowSource ups = up ? source(*up) : RowSource{};
+  const RowSource downs = source(down);
+  const nb::gil_scoped_release release;
+  return pack_neurons(up ? &ups : nullptr, downs, count, precision);
+}
+
 ActivationFormat format_for(const PackedLinear& w) {
   ActivationFormat f;
   f.codes = w.codes == Codes::bf16 ? Codes::bf16 : Codes::q8;

@@ -11,12 +11,6 @@
 namespace fallow {
 namespace {
 
-// A row as codes with a scale and an offset a group: value = scale * (code - zero) + offset.
-struct CodedRow {
-  std::vector<uint8_t> codes;
-  std::vector<float> scales, offsets;
-};
-
 struct Storage {
   const char* name;
   int block, bytes;     // elements and bytes of a block
@@ -163,23 +157,14 @@ void decode_row(const Storage& s, const uint8_t* p, int n, CodedRow& coded, std:
   }
 }
 
-// 8-bit codes that span each group from its smallest to its largest value.
-void code_row_q8(const std::vector<float>& values, int group, CodedRow& row) {
-  const int n = static_cast<int>(values.size());
-  row.codes.resize(n);
-  row.scales.resize(n / group);
-  row.offsets.resize(n / group);
-  for (int g = 0; g < n / group; ++g) {
-    const float* v = values.data() + g * group;
-    const auto [low, high] = std::minmax_element(v, v + group);
-    const float scale = (*high - *low) / 255.f;
-    const float inverse = scale > 0.f ? 1.f / scale : 0.f;
-    for (int i = 0; i < group; ++i) {
-      const float code = (v[i] - *low) * inverse;
-      row.codes[g * group + i] = static_cast<uint8_t>(code > 0.f ? std::min(code, 255.f) + 0.5f : 0.f);
-    }
-    row.scales[g] = scale;
-    row.offsets[g] = *low + 128.f * scale;
+// Throws where a source does not hold `rows` rows of whole blocks.
+void check_size(const RowSource& source, const Storage& s, int in_features) {
+  if (in_features % s.block != 0) {
+    throw std::invalid_argument(source.type + " needs columns in multiples of " + std::to_string(s.block) + ", not " +
+                                std::to_string(in_features));
+  }
+  if (source.rows <= 0 || source.bytes / s.bytes / (static_cast<size_t>(in_features) / s.block) < static_cast<size_t>(source.rows)) {
+    throw std::invalid_argument("a tensor has fewer bytes than its shape needs");
   }
 }
 
@@ -262,6 +247,38 @@ PackedLinear layout(const Storage& s, int rows, int in_features, const PackOptio
 
 }  // namespace
 
+void code_row_q8(const float* values, int n, int group, CodedRow& row) {
+  row.codes.resize(n);
+  row.scales.resize(n / group);
+  row.offsets.resize(n / group);
+  for (int g = 0; g < n / group; ++g) {
+    const float* v = values + g * group;
+    const auto [low, high] = std::minmax_element(v, v + group);
+    const float scale = (*high - *low) / 255.f;
+    const float inverse = scale > 0.f ? 1.f / scale : 0.f;
+    for (int i = 0; i < group; ++i) {
+      const float code = (v[i] - *low) * inverse;
+      row.codes[g * group + i] = static_cast<uint8_t>(code > 0.f ? std::min(code, 255.f) + 0.5f : 0.f);
+    }
+    row.scales[g] = scale;
+    row.offsets[g] = *low + 128.f * scale;
+  }
+}
+
+std::vector<float> values_of(const RowSource& source, int in_features) {
+  const Storage& s = storage_of(source.type);
+  if (in_features <= 0) throw std::invalid_argument("a linear layer needs rows and columns");
+  check_size(source, s, in_features);
+  std::vector<float> values(static_cast<size_t>(source.rows) * in_features);
+  CodedRow coded;
+  std::vector<float> row;
+  for (int r = 0; r < source.rows; ++r) {
+    decode_row(s, source.data + static_cast<size_t>(r) * (in_features / s.block) * s.bytes, in_features, coded, row);
+    std::copy(row.begin(), row.end(), values.begin() + static_cast<size_t>(r) * in_features);
+  }
+  return values;
+}
+
 PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features, const PackOptions& options) {
   if (sources.empty() || in_features <= 0) throw std::invalid_argument("a linear layer needs rows and columns");
   const Storage& s = storage_of(sources[0].type);
@@ -273,13 +290,7 @@ PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features,
   for (const auto& source : sources) {
     const Storage& other = storage_of(source.type);
     if (own && &other != &s) throw std::invalid_argument("tensors of different types cannot be packed together");
-    if (in_features % other.block != 0) {
-      throw std::invalid_argument(source.type + " needs columns in multiples of " + std::to_string(other.block) + ", not " +
-                                  std::to_string(in_features));
-    }
-    if (source.rows <= 0 || source.bytes / other.bytes / (static_cast<size_t>(in_features) / other.block) < static_cast<size_t>(source.rows)) {
-      throw std::invalid_argument("a tensor has fewer bytes than its shape needs");
-    }
+    check_size(source, other, in_features);
     rows += source.rows;
   }
   if (options.precision == "q8" && in_features % 32 != 0) {
@@ -310,7 +321,7 @@ PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features,
         }
       } else if (options.precision == "q8") {
         decode_row(from, p, in_features, coded, values);
-        code_row_q8(values, w.group, coded);
+        code_row_q8(values.data(), in_features, w.group, coded);
         put_row(w, tile, lane, coded);
       } else {
         code_row(from, p, in_features, coded);

@@ -74,6 +74,18 @@ struct PackOptions {
   std::string precision;    // "own", or "q8": 8-bit codes in groups of 32, or "bf16"
 };
 
+// A row as codes: of group g, code c stands for scales[g] * (c - zero) + offsets[g].
+struct CodedRow {
+  std::vector<uint8_t> codes;
+  std::vector<float> scales, offsets;
+};
+
+// 8-bit codes that span each group from its smallest to its largest value.
+void code_row_q8(const float* values, int n, int group, CodedRow& row);
+
+// The values of a source, float32 [rows][in_features]. Throws std::invalid_argument on a type or size that does not fit.
+std::vector<float> values_of(const RowSource& source, int in_features);
+
 // Packs the sources, one below the other. Throws std::invalid_argument on a type, shape or size that does not fit.
 PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features, const PackOptions& options);
 

@@ -56,6 +56,12 @@ int Program::add_weights(PackedLinear weights) {
   return static_cast<int>(weights_.size()) - 1;
 }
 
+int Program::add_neurons(PackedNeurons neurons) {
+  neurons.move_to(arena_);
+  neurons_.push_back(std::make_unique<PackedNeurons>(std::move(neurons)));
+  return static_cast<int>(neurons_.size()) - 1;
+}
+
 int Program::add_vector(std::vector<float> values) {
   // Kernels read whole pairs of tiles of a bias.
   values.resize((values.size() + 2 * lanes - 1) / (2 * lanes) * (2 * lanes), 0.f);
@@ -68,6 +74,7 @@ void Program::add(Operation operation) { operations_.push_back(std::move(operati
 size_t Program::weight_bytes() const {
   size_t total = 0;
   for (const auto& w : weights_) total += w->bytes;
+  for (const auto& n : neurons_) total += n->bytes;
   return total;
 }
 
@@ -111,6 +118,9 @@ void Program::finish(int logits_buffer) {
                 require(activations_.at(a).format.in_features <= width(o.x), "norm: activations are too wide");
                 use(activation_kind, a);
               }
+              if (o.kept < 0) return;
+              use(buffer_kind, o.kept);
+              require(width(o.kept) >= width(o.x), "norm: the buffer is too narrow");
             },
             [&](const op::Quantise& o) {
               use(buffer_kind, o.x);
@@ -176,6 +186,21 @@ void Program::finish(int logits_buffer) {
             [&](const op::AboveThreshold& o) {
               use(buffer_kind, o.x);
               require(std::isfinite(o.quantile), "above threshold: the quantile must be finite");
+            },
+            [&](const op::Neurons& o) {
+              use(buffer_kind, o.x);
+              use(buffer_kind, o.gates);
+              const PackedNeurons& w = *neurons_.at(o.neurons);
+              require(w.gated, "neurons: they have no up projection");
+              require(width(o.x) >= w.in_features && width(o.gates) >= w.count, "neurons: a buffer is too narrow");
+              require(o.threshold >= 0.f && std::isfinite(o.threshold), "neurons: the threshold must be a number of at least 0");
+            },
+            [&](const op::Spread& o) {
+              use(buffer_kind, o.x);
+              use(buffer_kind, o.out);
+              const PackedNeurons& w = *neurons_.at(o.neurons);
+              require(width(o.x) >= w.count && width(o.out) >= w.in_features, "spread: a buffer is too narrow");
+              require(o.threshold >= 0.f && std::isfinite(o.threshold), "spread: the threshold must be a number of at least 0");
             },
             [&](const op::Gather& o) {
               require(width(o.out) >= width(o.x) && buffer_kind.at(o.x) == 0, "gather: from a buffer of all rows, into one as wide");
@@ -256,7 +281,10 @@ void Program::find_runs() {
                      writes(o.out);
                    },
                    [&](const op::Norm& o) { reads(o.x), writes(o.out); },
-                   [&](const op::NormQuantise& o) { reads(o.x); },
+                   [&](const op::NormQuantise& o) {
+                     reads(o.x);
+                     if (o.kept >= 0) writes(o.kept);
+                   },
                    [&](const op::Quantise& o) { reads(o.x); },
                    [&](const op::Linear& o) {
                      if (o.epilogue == Epilogue::add) reads(o.out);
@@ -270,6 +298,8 @@ void Program::find_runs() {
                    [&](const op::Mix& o) { reads(o.x), reads(o.first), writes(o.out); },
                    [&](const op::SoftCap& o) { reads(o.x); },
                    [&](const op::AboveThreshold& o) { reads(o.x); },
+                   [&](const op::Neurons& o) { reads(o.x), reads(o.gates); },
+                   [&](const op::Spread& o) { reads(o.x), reads(o.out); },
                    [&](const op::Gather& o) { leaves_run(o.x), leaves_run(o.out), alone = true; },
                },
                operations_[i]);

@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "neurons.h"
 #include "packed.h"
 #include "pool.h"
 #include "prefetch.h"
@@ -42,6 +43,7 @@ struct NormQuantise {  // the same, straight into activations
   int x, weight;
   std::vector<int> out;
   float eps;
+  int kept = -1;  // a buffer for what is normalised as it is, or -1
   // Vectors that are added before rounding: minus the mean, which the linears' biases give back. The first token of a text
   // is unlike all others and has a mean of its own.
   int centre = -1, first_centre = -1;
@@ -83,13 +85,22 @@ struct AboveThreshold {  // x = max(x - mean - quantile * standard deviation, 0)
   int x;
   float quantile;
 };
+struct Neurons {  // gates become neurons: activation(gate) * (up row . x) where the first is beyond the threshold, else 0
+  int x, gates, neurons;
+  Activation activation;
+  float threshold;
+};
+struct Spread {  // out += what the neurons in x beyond the threshold add to the hidden states
+  int x, neurons, out;
+  float threshold;
+};
 struct Gather {  // rows of logit_rows
   int x, out;
 };
 }  // namespace op
 
 using Operation = std::variant<op::Embed, op::Norm, op::NormQuantise, op::Quantise, op::Linear, op::Rope, op::Attention,
-                               op::Add, op::Gate, op::Mix, op::SoftCap, op::AboveThreshold, op::Gather>;
+                               op::Add, op::Gate, op::Mix, op::SoftCap, op::AboveThreshold, op::Neurons, op::Spread, op::Gather>;
 
 struct Limits {
   int max_tokens, max_sequences, max_logit_rows, num_pages, max_positions;
@@ -115,6 +126,7 @@ class Program {
   int add_buffer(int width);
   int add_activations(const ActivationFormat& format);
   int add_weights(PackedLinear weights);
+  int add_neurons(PackedNeurons neurons);
   int add_vector(std::vector<float> values);
   void add(Operation operation);
   // Checks every operand of every operation and allocates. Throws std::invalid_argument.
@@ -202,6 +214,8 @@ class Program {
   void execute(const op::Mix&, int index, int thread, const Part&);
   void execute(const op::SoftCap&, int index, int thread, const Part&);
   void execute(const op::AboveThreshold&, int index, int thread, const Part&);
+  void execute(const op::Neurons&, int index, int thread, const Part&);
+  void execute(const op::Spread&, int index, int thread, const Part&);
   void execute(const op::Gather&, int index, int thread, const Part&);
 
   void attend(const op::Attention&, const AttentionItem&, ThreadScratch&);
@@ -264,6 +278,7 @@ class Program {
   std::vector<Activations> activations_;
   Arena arena_;
   std::vector<std::unique_ptr<PackedLinear>> weights_;
+  std::vector<std::unique_ptr<PackedNeurons>> neurons_;
   std::vector<std::vector<float>> vectors_;
   std::vector<Operation> operations_;
   std::vector<int> row_kind_;  // of each operation: 0 tokens, 1 logit rows

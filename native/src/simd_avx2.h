@@ -116,6 +116,17 @@ struct Avx2 {
             _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(u.b, s.b), one))};
   }
 
+  // A bit for each lane whose magnitude is above `threshold`, or that is NaN.
+  static unsigned beyond(F x, float threshold) {
+    const F magnitude = abs(x);
+    const __m256 t = _mm256_set1_ps(threshold);
+    const auto bits = [&](__m256 v) { return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, t, _CMP_NLE_UQ))); };
+    return bits(magnitude.a) | bits(magnitude.b) << 8;
+  }
+  static I load_u8(const uint8_t* p) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepu8_epi32(codes), _mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8))};
+  }
   static F load_f16(const uint16_t* p) {
     const auto* q = reinterpret_cast<const __m128i*>(p);
     return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};

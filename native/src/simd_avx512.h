@@ -89,6 +89,11 @@ struct Avx512 {
   static I dot_u8s8(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
   static I dot_u4s8(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
 
+  // A bit for each lane whose magnitude is above `threshold`, or that is NaN.
+  static unsigned beyond(F x, float threshold) {
+    return _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(threshold), _CMP_NLE_UQ);
+  }
+  static I load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static F load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }

@@ -167,6 +167,15 @@ struct Scalar {
   }
   static I dot_u4s8(const I& acc, const I& u, const I& s) { return dot_u8s8(acc, u, s); }
 
+  // A bit for each lane whose magnitude is above `threshold`, or that is NaN.
+  static unsigned beyond(const F& x, float threshold) {
+    unsigned bits = 0;
+    for (int i = 0; i < 16; ++i) bits |= static_cast<unsigned>(!(std::fabs(x.v[i]) <= threshold)) << i;
+    return bits;
+  }
+  static I load_u8(const uint8_t* p) {
+    return imap([=](int i) { return static_cast<int32_t>(p[i]); });
+  }
   static F load_f16(const uint16_t* p) {
     return map([=](int i) { return f16_to_float(p[i]); });
   }

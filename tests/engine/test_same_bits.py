@@ -87,9 +87,10 @@ PAGES = SparsityPlan(
         for head, top in enumerate((1, 0, 2))
     )
 )
+NEURONS = SparsityPlan(ffn=(LayerRule("threshold", parameters={"threshold": 0.05}),), attention=PAGES.attention)
 
 
-@pytest.mark.parametrize("plan", [None, PAGES], ids=["dense", "pages"])
+@pytest.mark.parametrize("plan", [None, PAGES, NEURONS], ids=["dense", "pages", "pages and neurons"])
 def test_the_same_bits_alone_and_in_shuffled_batches(start_engine: Any, plan: SparsityPlan | None) -> None:
     engine = start_engine(pages=64, max_num_seqs=MAX_NUM_SEQS, prefix_caching=False, plan=plan)
     requests = random_requests(engine.tokenizer.vocab_size)

@@ -16,6 +16,7 @@ from fallow.models.checkpoint import expected_shapes, open_checkpoint
 from fallow.models.dequantize import dequantize
 from fallow.models.hf_config import config_from_hf
 from fallow.models.info import describe
+from fallow.plan import LayerRule, SparsityPlan
 
 torch = pytest.importorskip("torch")
 
@@ -158,15 +159,51 @@ def test_a_variant_left_out_is_no_small_error(variant: str) -> None:
     assert error(logits_of(plain, tokens), logits_of(decoder, tokens)) > 3 * max(TOLERANCES.values())
 
 
+ZEROS = SparsityPlan(ffn=(LayerRule("zeros"),))
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("variant", ["reglu", "relu2", "top_k", "top_k_of_geglu", "all"])
+def test_neurons_that_are_zero_rest(variant: str, precision: Precision, isa: str, tmp_path: Path) -> None:
+    document = SIZES | VARIANTS[variant]
+    decoder = random_decoder(document)
+    tokens = random_tokens(200)
+    checkpoint = open_checkpoint(save(decoder, document, tmp_path))
+    runner = ModelRunner(checkpoint, precision=precision, num_pages=8, threads=2, isa=isa, plan=ZEROS)
+    assert error(runner.logits(tokens), logits_of(decoder, tokens)) < TOLERANCES[precision]
+    assert "by neuron" in runner.precision_report["layers.0.down_proj"]
+
+
+@pytest.mark.parametrize(("variant", "threshold"), [("swiglu", 0.4), ("geglu", 0.4), ("reglu", 0.4), ("relu2", 1.5)])
+def test_neurons_below_a_threshold_rest_in_the_decoder_too(variant: str, threshold: float, tmp_path: Path) -> None:
+    plan = SparsityPlan(ffn=(LayerRule("threshold", parameters={"threshold": threshold}),))
+    document = SIZES | VARIANTS[variant]
+    decoder = random_decoder(document)
+    tokens = random_tokens(200)
+    dense = logits_of(decoder, tokens)
+    checkpoint = open_checkpoint(save(decoder, document, tmp_path))
+    decoder.obey(plan)
+    expected = logits_of(decoder, tokens)
+    result = ModelRunner(checkpoint, precision="bf16", num_pages=8, threads=2, plan=plan).logits(tokens)
+    assert error(result, expected) < TOLERANCES["bf16"]
+    assert error(dense, expected) > 2 * TOLERANCES["bf16"]
+
+
+@pytest.mark.parametrize("plan", [None, ZEROS], ids=["dense", "zeros"])
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("variant", ["reglu", "top_k", "all", "all_tied"])
-def test_the_same_bits_with_any_number_of_threads_and_rows(variant: str, precision: Precision, tmp_path: Path) -> None:
+def test_the_same_bits_with_any_number_of_threads_and_rows(
+    variant: str, precision: Precision, plan: SparsityPlan | None, tmp_path: Path
+) -> None:
     document = SIZES | VARIANTS[variant]
     checkpoint = open_checkpoint(save(random_decoder(document), document, tmp_path))
     tokens = random_tokens(150)
 
     def logits(threads: int, rows: int) -> np.ndarray:
-        runner = ModelRunner(checkpoint, precision=precision, threads=threads, num_pages=8, max_step_tokens=rows)
+        runner = ModelRunner(
+            checkpoint, precision=precision, threads=threads, num_pages=8, max_step_tokens=rows, plan=plan
+        )
         try:
             return runner.logits(tokens, chunk=rows)
         finally:

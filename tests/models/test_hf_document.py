@@ -20,6 +20,9 @@ from fallow.models.decoder_weights import load_decoder
 from fallow.models.hf_config import config_from_hf
 from fallow.models.hf_document import hf_document
 from fallow.models.rope import rope_table
+from fallow.models.tokenizer import Tokenizer
+from fallow.training.model import config_of
+from fallow.training.recipe import ModelRecipe
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 LONG = {"short_factor": [1.0] * 8, "long_factor": [1.5] * 8, "original_max_position_embeddings": 64, "factor": 8.0}
@@ -39,6 +42,14 @@ SCALINGS = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_written_is_read_again(tiny_checkpoints: dict[str, Path], family: str):
     config = open_checkpoint(tiny_checkpoints[family]).config
+    assert config_from_hf(json.loads(json.dumps(hf_document(config))), "here") == config
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 48, 80, 96, 128])
+def test_every_size_of_a_head_can_be_written(head_dim: int):
+    words = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
+    tokenizer = Tokenizer(words, bos_token_id=None, eos_token_ids=())
+    config = config_of(ModelRecipe(hidden_size=2 * head_dim, heads=2), tokenizer, 64)
     assert config_from_hf(json.loads(json.dumps(hf_document(config))), "here") == config
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fallow.errors import FallowError
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.config import ModelConfig
-from fallow.models.resting import PageRule, page_rules
+from fallow.models.resting import PageRule, Resting, resting
 from fallow.plan import LayerRule, SparsityPlan
 
 NUMBERS = {"sink_pages": 1, "recent_pages": 2, "top_pages": 3}
@@ -29,10 +31,20 @@ def rule(layer: int | None = None, target: str | None = None, **changes: float) 
 
 def test_rules_for_all_layers_for_one_and_for_a_head(config: ModelConfig) -> None:
     layers = config.num_hidden_layers
-    assert page_rules(SparsityPlan.dense(), config) == [None] * layers
-    assert page_rules(SparsityPlan(attention=(rule(),)), config) == [PageRule(1, 2, (3, 3))] * layers
+    assert resting(SparsityPlan.dense(), config) == [Resting()] * layers
+    assert resting(SparsityPlan(attention=(rule(),)), config) == [Resting(PageRule(1, 2, (3, 3)))] * layers
     plan = SparsityPlan(attention=(rule(1, "kv_head.1", top_pages=7), rule(1, "kv_head.0")))
-    assert page_rules(plan, config) == [None, PageRule(1, 2, (3, 7)), *[None] * (layers - 2)]
+    assert resting(plan, config) == [Resting(), Resting(PageRule(1, 2, (3, 7))), *[Resting()] * (layers - 2)]
+
+
+def test_rules_for_neurons(config: ModelConfig) -> None:
+    layers = config.num_hidden_layers
+    relu = replace(config, hidden_act="relu")
+    assert resting(SparsityPlan(ffn=(LayerRule("zeros"),)), relu) == [Resting(neurons=0.0)] * layers
+    above = LayerRule("threshold", 1, parameters={"threshold": 0.25})
+    plan = SparsityPlan(ffn=(above,), attention=(rule(0),))
+    found = resting(plan, config)
+    assert found[:2] == [Resting(PageRule(1, 2, (3, 3))), Resting(neurons=0.25)]
 
 
 @pytest.mark.parametrize(
@@ -54,11 +66,36 @@ def test_rules_for_all_layers_for_one_and_for_a_head(config: ModelConfig) -> Non
 )
 def test_what_does_not_fit_is_a_sentence(config: ModelConfig, rules: list[LayerRule], message: str) -> None:
     with pytest.raises(FallowError) as error:
-        page_rules(SparsityPlan(attention=tuple(rules)), config)
+        resting(SparsityPlan(attention=tuple(rules)), config)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+ZEROS = LayerRule("zeros")
+
+
+@pytest.mark.parametrize(
+    ("rules", "changes", "message"),
+    [
+        ([ZEROS], {}, "activation is silu"),
+        ([ZEROS, LayerRule("zeros", 1)], {"hidden_act": "relu"}, "two rules for the neurons of layer 1"),
+        ([LayerRule("zeros", 99)], {"hidden_act": "relu"}, "layer 99, but the model has"),
+        ([LayerRule("zeros", 0, "up_proj")], {"hidden_act": "relu"}, "target 'up_proj'"),
+        ([LayerRule("top_k", 0, parameters={"k": 5})], {}, "top_k"),
+        ([ZEROS], {"hidden_act": "relu", "mlp_bias": True}, "biases"),
+        ([ZEROS], {"hidden_act": "relu", "post_norms": True}, "a norm after them"),
+        ([ZEROS], {"hidden_act": "relu", "hidden_size": 72}, "hidden size is 72, which must be a multiple of 16"),
+    ],
+)
+def test_neurons_that_cannot_rest_are_a_sentence(
+    config: ModelConfig, rules: list[LayerRule], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FallowError) as error:
+        resting(SparsityPlan(ffn=tuple(rules)), replace(config, **changes))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_an_axis_that_nothing_can_run_yet_is_refused(config: ModelConfig) -> None:
-    with pytest.raises(FallowError, match="axis ffn"):
-        page_rules(SparsityPlan(ffn=(LayerRule("zeros"),)), config)
+    with pytest.raises(FallowError, match="axis head"):
+        resting(SparsityPlan(head=(LayerRule("screen", parameters={"rank": 8, "candidates": 64}),)), config)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fallow.cli import main
-from fallow.training.activity import measure_activity
+from fallow.plan import LayerRule
+from fallow.training.activity import Activity, LayerActivity, measure_activity
 from fallow.training.corpus import open_corpus
 from fallow.training.model import new_decoder
 from fallow.training.recipe import load_recipe
@@ -87,6 +88,13 @@ def test_the_journal_and_the_folder_have_them(recipe_file: Path, tmp_path: Path)
     assert last == result.activity.to_json() == json.loads((tmp_path / "run" / "activity.json").read_text())
     assert len(last["layers"]) == 2
     assert 0 < last["resting"] < 1
+
+
+def test_the_plan_skips_neurons_where_few_work() -> None:
+    layers = [LayerActivity(100, mean, 30, None, None, 0) for mean in (11.0, 9.0, 0.5)]
+    plan = Activity(tuple(layers), 64).plan
+    assert plan.ffn == (LayerRule("zeros", 1), LayerRule("zeros", 2))
+    assert Activity(tuple(layers[:1]), 64).plan.is_dense
 
 
 def test_nothing_is_counted_where_nobody_asks(recipe_file: Path, tmp_path: Path) -> None:

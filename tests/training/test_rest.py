@@ -11,6 +11,7 @@ from torch import Tensor
 from fallow.data.windows import Batch
 from fallow.models.config import ModelConfig, RopeConfig
 from fallow.models.decoder import Decoder
+from fallow.plan import SparsityPlan
 from fallow.training.loss import cross_entropy
 from fallow.training.recipe import RestRecipe, load_recipe
 from fallow.training.rest import RestPenalty
@@ -121,7 +122,11 @@ def test_neurons_come_to_rest(recipe_file: Path, tmp_path: Path) -> None:
     for l1 in (0.0, 0.05):
         reports[l1] = []
         recipe = load_recipe(recipe_file, [*overrides, f"rest.l1={l1}"])
-        train(recipe, out=tmp_path / str(l1), on_step=reports[l1].append)
+        result = train(recipe, out=tmp_path / str(l1), on_step=reports[l1].append)
+        assert result.activity is not None
+        assert result.model is not None
+        plan = SparsityPlan.beside(result.model)  # what the engine obeys
+        assert (plan or SparsityPlan.dense()) == result.activity.plan
     dense, resting = (reports[l1][-1].activity.resting for l1 in reports)
     assert resting > dense + 0.1
     assert reports[0.05][-1].loss < 0.9 * reports[0.05][0].loss

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 
 class Guard:
-    """The process that watches. It is started when the first group is put under its protection. Threads may share it."""
+    """The process that watches, started when the first group is put under its protection. Threads may share it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None

@@ -1,8 +1,8 @@
 """A decoder laid out as a native program: which operations run on which buffers, once for every step.
 
-A new architecture is another function here. A plan's axis ``attention`` is part of the attention operation. Where the
-others will go: ``ffn`` at the gated and the down projection, ``input`` at any linear, ``head`` at the last one,
-``structure`` in the shapes that the checkpoint brings.
+A new architecture is another function here. A plan's axis ``attention`` is part of the attention operation, ``ffn``
+another feed-forward network. Where the others will go: ``input`` at any linear, ``head`` at the last one, ``structure``
+in the shapes that the checkpoint brings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fallow.arrays import Bytes
 from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize
 from fallow.models.quantize import quantize_q4_1, quantize_q8_0
-from fallow.models.resting import PageRule
+from fallow.models.resting import PageRule, Resting
 from fallow.models.rope import rope_table
 from fallow.models.tensors import Checkpoint, RawTensor, TensorType
 
@@ -37,7 +37,7 @@ class ProgramBuilder:
     program: _native.Program
     checkpoint: Checkpoint
     precision: str
-    page_rules: list[PageRule | None]
+    rests: list[Resting]
     report: dict[str, str] = field(default_factory=dict)
 
     def vector(self, name: str) -> int:
@@ -63,6 +63,18 @@ class ProgramBuilder:
         for tensor in tensors:
             self.report[tensor.name] = f"{tensor.type.name} as {codes['codes']}"
         return weights
+
+    def neurons(self, up: str | None, down: str) -> int:
+        """Packs the up and the down projection neuron by neuron: in 8-bit groups of 32 what is quantised or is to be,
+        else, and where 32 does not divide the columns, in bfloat16."""
+        tensors = [self.checkpoint.tensors[name] for name in (up, down) if name is not None]
+        hidden, count = tensors[-1].shape
+        floating = self.precision == "auto" and all(tensor.type.is_floating for tensor in tensors)
+        precision = "bf16" if floating or self.precision == "bf16" or hidden % 32 else "q8"
+        for tensor in tensors:
+            self.report[tensor.name] = f"{tensor.type.name} as {precision}, by neuron"
+        *ups, downs = [(tensor.type.name, np.ascontiguousarray(tensor.read())) for tensor in tensors]
+        return self.program.neuron_weights(ups[0] if ups else None, downs, count, precision=precision)
 
     def packs_together(self, names: list[str]) -> bool:
         """Whether tensors may share one packed matrix: stored alike, or all converted to the same."""
@@ -113,6 +125,7 @@ class DecoderProgram:
         self._attended = program.buffer(config.num_attention_heads * config.head_dim)
         self._inner = program.buffer(config.intermediate_size)
         self._gate_up: tuple[int, int] | None = None
+        self._kept: int | None = None
         self._activations: dict[tuple[object, ...], int] = {}
 
     def _build(self) -> None:
@@ -167,7 +180,7 @@ class DecoderProgram:
             eps=config.rms_norm_eps,
             layer=layer,
         )
-        rule = builder.page_rules[layer] or PageRule(0, 0, ())
+        rule = builder.rests[layer].pages or PageRule(0, 0, ())
         program.attention(
             self._attended,
             layer=layer,
@@ -190,6 +203,10 @@ class DecoderProgram:
 
     def _feed_forward(self, layer: int) -> None:
         name = f"layers.{layer}."
+        threshold = self._builder.rests[layer].neurons
+        if threshold is not None:
+            self._neurons_at_work(name, threshold)
+            return
         if self._config.gated_mlp:
             self._gated(name)
         else:
@@ -217,6 +234,31 @@ class DecoderProgram:
             if config.gate_quantile is not None:
                 program.above_threshold(self._gate_up[0], config.gate_quantile)
             program.gate(*self._gate_up, self._inner, activation=config.hidden_act)
+
+    def _neurons_at_work(self, name: str, threshold: float) -> None:
+        """The gates of all neurons, or their values where they have no gate; then those beyond the threshold."""
+        config, program, builder = self._config, self._program, self._builder
+        gated = config.gated_mlp
+        weights = builder.weights([name + ("gate_proj" if gated else "up_proj")])
+        neurons = builder.neurons(name + "up_proj" if gated else None, name + "down_proj")
+        activations = self._activation(weights)
+        kept = self._kept_rows() if gated else -1
+        program.norm_quantise(self._x, builder.vector(name + "ffn_norm"), [activations], config.rms_norm_eps, kept=kept)
+        if not gated:
+            program.linear(activations, weights, self._inner, epilogue=config.hidden_act)
+            program.spread(self._inner, neurons, self._x, threshold=threshold)
+            return
+        program.linear(activations, weights, self._inner)
+        if config.gate_quantile is not None:
+            program.above_threshold(self._inner, config.gate_quantile)
+        program.neurons(kept, self._inner, neurons, activation=config.hidden_act, threshold=threshold)
+        program.spread(self._inner, neurons, self._x)
+
+    def _kept_rows(self) -> int:
+        """A buffer for what is normalised and not rounded."""
+        if self._kept is None:
+            self._kept = self._program.buffer(self._config.hidden_size)
+        return self._kept
 
     def _project(self, x: int, name: str, post_norm: str) -> None:
         """Back to the residual stream, through a norm where the family has one after the block."""

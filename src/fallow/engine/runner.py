@@ -13,7 +13,7 @@ from fallow.arrays import Float32, Int32
 from fallow.engine.batch import SAMPLING_DTYPE, StepBatch, StepResult
 from fallow.engine.program import ProgramBuilder, layout_of
 from fallow.errors import FallowError, ModelFileError
-from fallow.models.resting import page_rules
+from fallow.models.resting import resting
 from fallow.models.rope import longest_context
 from fallow.models.tensors import Checkpoint
 from fallow.plan import SparsityPlan
@@ -78,8 +78,8 @@ class ModelRunner:
                 num_pages=num_pages,
                 max_positions=self.max_context,
             )
-            rules = page_rules(plan or SparsityPlan.dense(), config)
-            builder = ProgramBuilder(self._program, checkpoint, precision, rules)
+            rests = resting(plan or SparsityPlan.dense(), config)
+            builder = ProgramBuilder(self._program, checkpoint, precision, rests)
             layout_of(config)(builder, self.max_context)
             self._program.centre(_centring_tokens(config.vocab_size, min(self.page_size, self.max_context)))
         except FallowError:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fallow.models.attention import blocks_are_faster, causal_attention
 from fallow.models.config import ModelConfig
 from fallow.models.page_choice import attention_to_chosen_pages
-from fallow.models.resting import PageRule, page_rules
+from fallow.models.resting import Resting, resting
 from fallow.models.rope import rope_table
 from fallow.plan import SparsityPlan
 
@@ -64,7 +64,7 @@ class Layer(nn.Module):
         width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
         self.attention_scale = config.attention_scale
-        self.page_rule: PageRule | None = None
+        self.rests = Resting()
         self.activation = _ACTIVATIONS[config.hidden_act]
         self.gate_quantile = config.gate_quantile
         self.attention_norm = RMSNorm(hidden, eps)
@@ -93,11 +93,15 @@ class Layer(nn.Module):
         """The inner activations of the feed-forward network, ``[batch, tokens, intermediate]``."""
         up: Tensor = self.up_proj(x)
         if self.gate_proj is None:
-            return self.activation(up)
+            return self._at_work(self.activation(up))
         gate = self.gate_proj(x)
         if self.gate_quantile is not None:
             gate = _above_threshold(gate, self.gate_quantile)
-        return self.activation(gate) * up
+        return self._at_work(self.activation(gate)) * up
+
+    def _at_work(self, activated: Tensor) -> Tensor:
+        threshold = self.rests.neurons
+        return activated if not threshold else torch.where(activated.abs() <= threshold, 0, activated)
 
     def queries_keys_values(self, x: Tensor, tokens: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Of normalised ``x [batch, tokens, hidden]``, each ``[batch, heads, tokens, head_dim]``."""
@@ -112,8 +116,8 @@ class Layer(nn.Module):
     def _attention(self, x: Tensor, tokens: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
         q, k, v = self.queries_keys_values(x, tokens, rope)
         grouped = q.shape[1] != k.shape[1]
-        if self.page_rule is not None:
-            attended = attention_to_chosen_pages(q, k, v, self.page_rule, self.attention_scale, mask=mask)
+        if self.rests.pages is not None:
+            attended = attention_to_chosen_pages(q, k, v, self.rests.pages, self.attention_scale, mask=mask)
         elif mask is None and not grouped and blocks_are_faster(q):
             attended = causal_attention(q, k, v, self.attention_scale)
         else:
@@ -187,9 +191,9 @@ class Decoder(nn.Module):
 
     def obey(self, plan: SparsityPlan) -> None:
         """Let rest what ``plan`` says, in place of any plan before. Raises ``FallowError`` where it does not fit."""
-        for layer, rule in zip(self.layers, page_rules(plan, self.config), strict=True):
+        for layer, rests in zip(self.layers, resting(plan, self.config), strict=True):
             assert isinstance(layer, Layer)
-            layer.page_rule = rule
+            layer.rests = rests
 
     def compile_layers(self) -> None:
         """Compile each layer by itself: those that are alike share what was compiled for the first."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fallow.errors import ModelFileError
+from fallow.errors import FallowError, ModelFileError
 from fallow.models.config import ModelConfig
 from fallow.plan import LayerRule, SparsityPlan
 
-AXES = ("attention",)
+AXES = ("ffn", "attention")
 """What the reference and the engine can let rest."""
 _KV_HEAD = "kv_head."
+_LANES = 16  # the engine computes hidden states so many at a time
 
 
 @dataclass(frozen=True)
@@ -23,20 +24,80 @@ class PageRule:
     top_pages: tuple[int, ...]
 
 
-def page_rules(plan: SparsityPlan, config: ModelConfig) -> list[PageRule | None]:
-    """Of each layer its rule on the axis ``attention``; None where it reads all pages.
+@dataclass(frozen=True)
+class Resting:
+    """What rests in a layer. ``pages``: None where all are read. ``neurons``: those of the feed-forward network rest
+    whose activated gate (without a gate: whose value) is not beyond it; None where all work."""
 
-    A rule without a layer is for all layers, one without a target for all KV heads; the target of one is
-    ``kv_head.0`` and so on. Raises ``ModelFileError`` where the plan does not fit the model, ``FallowError`` where it
-    has another axis.
-    """
+    pages: PageRule | None = None
+    neurons: float | None = None
+
+
+def resting(plan: SparsityPlan, config: ModelConfig) -> list[Resting]:
+    """Of each layer what rests. Raises ``ModelFileError`` where the plan does not fit the model, ``FallowError`` where
+    it has another axis or rule than can be run."""
     plan.require_axes(AXES)
-    layers, heads = config.num_hidden_layers, config.num_key_value_heads
-    found: list[dict[int, LayerRule]] = [{} for _ in range(layers)]
+    for axis in AXES:
+        for rule in plan.rules(axis):
+            if rule.layer is not None and rule.layer >= config.num_hidden_layers:
+                raise ModelFileError(
+                    f"The plan has a rule for layer {rule.layer}, but the model has {config.num_hidden_layers} layers."
+                )
+    pages, neurons = _page_rules(plan, config), _neuron_thresholds(plan, config)
+    return [Resting(*layer) for layer in zip(pages, neurons, strict=True)]
+
+
+def _layers(rule: LayerRule, config: ModelConfig) -> range:
+    return range(config.num_hidden_layers) if rule.layer is None else range(rule.layer, rule.layer + 1)
+
+
+def _neuron_thresholds(plan: SparsityPlan, config: ModelConfig) -> list[float | None]:
+    """A rule without a layer is for all layers. ``zeros``: what is zero rests; ``threshold``: what is not beyond it."""
+    found: list[float | None] = [None] * config.num_hidden_layers
+    for rule in plan.rules("ffn"):
+        _check_neuron_rule(rule, config)
+        for layer in _layers(rule, config):
+            if found[layer] is not None:
+                raise ModelFileError(f"The plan has two rules for the neurons of layer {layer}.")
+            found[layer] = float(rule.parameters.get("threshold", 0.0))
+    return found
+
+
+def _check_neuron_rule(rule: LayerRule, config: ModelConfig) -> None:
+    if rule.target is not None:
+        raise ModelFileError(f"The plan's axis ffn has the target {rule.target!r}: its rules have none.")
+    if rule.rule == "top_k":
+        raise FallowError(
+            "The plan's axis ffn has the rule top_k, which this version of fallow cannot run: use the model without "
+            "the plan."
+        )
+    if rule.rule == "zeros" and config.hidden_act not in ("relu", "relu2") and config.gate_quantile is None:
+        raise ModelFileError(
+            f"The plan lets neurons rest that are zero, but the model's activation is {config.hidden_act}, which "
+            "leaves none at zero: use the rule threshold."
+        )
+    obstacle = obstacle_to_resting_neurons(config)
+    if obstacle is not None:
+        raise FallowError(f"The plan lets neurons rest, but {obstacle}: use the model without the plan.")
+
+
+def obstacle_to_resting_neurons(config: ModelConfig) -> str | None:
+    """Why no neurons of a model can rest in this version, as the end of a sentence; None where they can."""
+    if config.mlp_bias or config.post_norms:
+        what = "biases" if config.mlp_bias else "a norm after them"
+        return f"this version of fallow cannot do it where feed-forward networks have {what}"
+    if config.hidden_size % _LANES:
+        return f"its hidden size is {config.hidden_size}, which must be a multiple of {_LANES} for that"
+    return None
+
+
+def _page_rules(plan: SparsityPlan, config: ModelConfig) -> list[PageRule | None]:
+    """A rule without a layer is for all layers, one without a target for all KV heads; the target of one is
+    ``kv_head.0`` and so on."""
+    heads = config.num_key_value_heads
+    found: list[dict[int, LayerRule]] = [{} for _ in range(config.num_hidden_layers)]
     for rule in plan.rules("attention"):
-        if rule.layer is not None and rule.layer >= layers:
-            raise ModelFileError(f"The plan has a rule for layer {rule.layer}, but the model has {layers} layers.")
-        for layer in range(layers) if rule.layer is None else (rule.layer,):
+        for layer in _layers(rule, config):
             for head in _kv_heads(rule, heads):
                 if head in found[layer]:
                     raise ModelFileError(f"The plan has two rules for the attention of layer {layer}, KV head {head}.")

@@ -9,7 +9,7 @@ import numpy as np
 from fallow.arrays import Float64, Int64
 from fallow.engine.runner import ModelRunner
 from fallow.models.config import ModelConfig
-from fallow.plan import LayerRule, SparsityPlan
+from fallow.plan import LayerRule
 from fallow.sparsification.page_prices import COUNTS, RECENT_PAGES, SINK_PAGES
 
 _ELEMENT_BYTES = 2  # bfloat16
@@ -57,11 +57,11 @@ class PageChoices:
         """The share of the keys and values of the places that a step does not read."""
         return 1 - self.bytes_of(chosen) / self.bytes_of(self.dense)
 
-    def plan(self, chosen: Int64, provenance: dict[str, str]) -> SparsityPlan:
-        """Layers in which all heads read everything have no rule."""
+    def rules(self, chosen: Int64) -> tuple[LayerRule, ...] | None:
+        """Of the axis ``attention``. Layers in which all heads read everything have no rule."""
         counts = dict(zip(self.places, ([*COUNTS, _ALL][choice] for choice in chosen), strict=True))
         sparse = {layer for (layer, _), count in counts.items() if count != _ALL}
-        rules = [
+        rules = tuple(
             LayerRule(
                 "top_pages",
                 layer,
@@ -70,5 +70,5 @@ class PageChoices:
             )
             for (layer, head), count in counts.items()
             if layer in sparse
-        ]
-        return SparsityPlan(attention=tuple(rules) or None, provenance=provenance)
+        )
+        return rules or None

@@ -6,7 +6,7 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +123,12 @@ def sparsify(
     prices = _prices(checkpoint, windows.calibrated, choices, progress)
     weights = describe(checkpoint, precision=precision).bytes_per_token
     judge = Judge(checkpoint, windows.verified, choices.load, precision, threads, progress)
-    frontier = _search(judge, choices, prices, weights, budget, provenance, on_note)
+    # What training has brought to rest stays at rest.
+    beside = SparsityPlan.beside(path) or SparsityPlan.dense()
+    start = replace(beside, attention=None, provenance=provenance)
+    frontier = _search(judge, choices, prices, weights, budget, start, on_note)
     within = [point for point in frontier if point.perplexity_ratio <= 1 + budget]
-    found = max(within, key=lambda point: point.speedup, default=Point(0.0, 1.0, 1.0, SparsityPlan.dense()))
+    found = max(within, key=lambda point: point.speedup, default=Point(0.0, 1.0, 1.0, start))
     measured = judge.speedup(found.plan)
     _write(checkpoint, found.plan, folder)
     ordered = tuple(sorted(frontier, key=lambda point: point.resting))
@@ -138,7 +141,7 @@ def _search(  # noqa: PLR0917
     prices: Float64,
     weights: int,
     budget: float,
-    provenance: dict[str, str],
+    start: SparsityPlan,
     on_note: Callable[[str], None],
 ) -> list[Point]:
     """Plans whose measured perplexity comes nearer and nearer to the budget: prices say which parts are cheap, but what
@@ -150,12 +153,12 @@ def _search(  # noqa: PLR0917
     points: list[Point] = []
     for _ in range(_MOST_TRIES):
         chosen = choose(prices, choices.bytes_read, price)
-        plan = choices.plan(chosen, provenance)
+        plan = replace(start, attention=choices.rules(chosen))
         excess = judge.nll(plan) - dense_nll
         speedup = dense_bytes / (weights + choices.bytes_of(chosen))
         points.append(Point(choices.resting(chosen), math.exp(excess), speedup, plan))
         on_note(f"{points[-1].resting:.1%} of the keys and values rest: perplexity {math.expm1(excess):+.2%}")
-        if _CLOSE * allowed <= excess <= allowed or plan.is_dense:
+        if _CLOSE * allowed <= excess <= allowed or plan.attention is None:
             break
         price *= _CAUTION * min(max(allowed / max(excess, 1e-9), 0.25), 4.0)
     return points

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from fallow.data.windows import Windows
 from fallow.models.decoder import Decoder
+from fallow.plan import LayerRule, SparsityPlan
 
 _BATCH = 8  # windows at once
+# The most neurons at work, as a share, for which taking them one by one is sure to be faster than all at once: they are
+# read in pieces and computed in float32.
+_WORTH_SKIPPING = 0.1
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,17 @@ class Activity:
     def resting(self) -> float:
         """The share of all feed-forward neurons that rest for a token, on average."""
         return 1 - sum(layer.mean for layer in self.layers) / sum(layer.neurons for layer in self.layers)
+
+    @property
+    def plan(self) -> SparsityPlan:
+        """What is worth skipping: in each layer where few neurons work, those that are zero."""
+        rules = tuple(
+            LayerRule("zeros", number)
+            for number, layer in enumerate(self.layers)
+            if layer.mean <= _WORTH_SKIPPING * layer.neurons
+        )
+        where = {"made_by": "fallow train", "measured_on": f"{self.tokens} tokens of validation text"}
+        return SparsityPlan(ffn=rules, provenance=where) if rules else SparsityPlan.dense()
 
     def to_json(self) -> dict[str, Any]:
         return {"resting": self.resting, "tokens": self.tokens, "layers": [asdict(layer) for layer in self.layers]}

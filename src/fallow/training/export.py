@@ -21,6 +21,7 @@ from fallow.models.config import ModelConfig
 from fallow.models.decoder_weights import parameter_name
 from fallow.models.hf_document import MODELLING_FILE, hf_document
 from fallow.models.tokenizer import Tokenizer
+from fallow.plan import FILE_NAME, SparsityPlan
 
 # What a model's folder says about its tokenizer beyond what ours keeps: tokens to pad with, classes, merges.
 _CARRIED = (
@@ -42,10 +43,11 @@ def export_model(
     *,
     start: Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    plan: SparsityPlan | None = None,
 ) -> None:
     """Write the model to ``folder``, which is complete or as it was. ``parameters`` have the decoder's names; the files
     about the tokenizer and about generating come from ``start``, the model that was tuned, where it is a folder that
-    has them.
+    has them; ``plan`` lies beside the weights where something may rest.
 
     Raises ``OSError`` where the disk has no room, and ``FallowError`` where no family of ``transformers`` fits.
     """
@@ -66,6 +68,8 @@ def export_model(
                 sync_file(partial / name)
         else:
             save_tokenizer(tokenizer, partial)
+        if plan is not None and not plan.is_dense:
+            plan.save(partial / FILE_NAME)
         if document["model_type"] == "fallow":
             shutil.copyfile(Path(__file__).with_name(MODELLING_FILE), partial / MODELLING_FILE)
 

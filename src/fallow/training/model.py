@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fallow.errors import FallowError
@@ -42,7 +44,7 @@ def config_of(recipe: ModelRecipe, tokenizer: Tokenizer, context: int) -> ModelC
         max_position_embeddings=context,
         rms_norm_eps=_EPS,
         rope=RopeConfig(theta=recipe.rope_theta, rotary_dim=head_dim),
-        attention_scale=head_dim**-0.5,
+        attention_scale=1.0 / math.sqrt(head_dim),
         tie_word_embeddings=recipe.tie_embeddings,
         layer_windows=(None,) * recipe.layers,
         hidden_act=_ACTIVATIONS[recipe.activation],

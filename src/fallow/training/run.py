@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fallow.errors import FallowError
 from fallow.files import locked_or_refused, write_json
+from fallow.models.resting import obstacle_to_resting_neurons
 from fallow.terminal import Progress
 from fallow.training.activity import Activity
 from fallow.training.corpus import open_corpus
@@ -119,7 +120,10 @@ def _train(
                 write_json(folder / _ACTIVITY, activity.to_json())
             if recipe.lora is not None:
                 export_adapters(decoder, recipe.lora, str(recipe.model.start), folder / "adapter")
-            export_model(decoder.config, weights, corpus.tokenizer, model, start=start)
+            plan = None
+            if activity is not None and obstacle_to_resting_neurons(decoder.config) is None:
+                plan = activity.plan
+            export_model(decoder.config, weights, corpus.tokenizer, model, start=start, plan=plan)
 
         processes.on_first(finish)
     return TrainResult(
