@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class Guard:
@@ -21,6 +21,7 @@ class Guard:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._groups: set[int] = set()
+        self._ending = False
         self._lock = threading.Lock()
 
     def protect(self, group: int) -> None:
@@ -33,6 +34,8 @@ class Guard:
                 )
             self._groups.add(group)
             self._say(f"+{group}\n")
+            if self._ending:
+                _kill([group])
 
     def release(self, group: int) -> None:
         """``group`` has ended, and its number may mean another one from now on."""
@@ -40,10 +43,16 @@ class Guard:
             self._groups.discard(group)
             self._say(f"-{group}\n")
 
-    def end_all(self) -> None:
-        """Kill what is protected now."""
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Kill what is protected, and what comes to be protected within the block."""
         with self._lock:
+            self._ending = True
             _kill(self._groups)
+        try:
+            yield
+        finally:
+            self._ending = False
 
     def _say(self, line: str) -> None:
         assert self._process is not None

@@ -10,18 +10,32 @@ import typer
 
 from fallow.cli.options import Json, Model, Precision, Threads, fetch
 from fallow.files import decoded
-from fallow.terminal import print_fields, print_json, progress, spinner
+from fallow.terminal import print_fields, print_json, print_table, progress, spinner
+
+NEEDLE = "needle"
 
 
 def evaluate(
     model: Model,
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="A text file in UTF-8, or - for stdin.")],
-    window: Annotated[int, typer.Option(min=2, help="Tokens that are scored together.")] = 1024,
+    text: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEXT|needle", help="A text file in UTF-8, - for stdin, or numbers hidden in long documents."
+        ),
+    ],
+    window: Annotated[int, typer.Option(min=2, help="Tokens of TEXT that are scored together.")] = 1024,
+    context: Annotated[
+        int | None, typer.Option(min=1, show_default="the model's", help="Tokens of a document with a needle.")
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Needles at each depth.")] = 20,
     precision: Precision = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Perplexity of MODEL on TEXT."""
+    """Perplexity of MODEL on TEXT, or how often it finds a needle."""
+    if text == NEEDLE and not Path(text).exists():
+        _find_needles(model, context, trials, precision, threads, json)
+        return
     content = read_text(text)
 
     from fallow.engine.runner import ModelRunner
@@ -35,8 +49,8 @@ def evaluate(
     with spinner(f"Loading {model}"):
         tokenizer, checkpoint = load_tokenizer(path), open_checkpoint(path)
         tokenizer.check_vocabulary(checkpoint.config.vocab_size, model)
-        context = min(window, longest_context(checkpoint.config.rope, checkpoint.config.max_position_embeddings))
-        pages = -(-context // ModelRunner.page_size)
+        longest = min(window, longest_context(checkpoint.config.rope, checkpoint.config.max_position_embeddings))
+        pages = -(-longest // ModelRunner.page_size)
         runner = ModelRunner(
             checkpoint, precision=precision, threads=threads, num_pages=pages, plan=SparsityPlan.beside(path)
         )
@@ -51,6 +65,30 @@ def evaluate(
         print_json({**fields, "kl_to_dense": None, "accuracy": None})
     else:
         print_fields(fields)
+
+
+def _find_needles(
+    model: str, context: int | None, trials: int, precision: Precision, threads: Threads, json: bool
+) -> None:
+    from fallow.engine.engine import Engine
+    from fallow.evaluate.needle import find_needles
+
+    path = fetch(model)
+    with spinner(f"Loading {model}"):
+        engine = Engine(path, precision=precision, threads=threads, max_context=context, max_num_seqs=4)
+    with engine, progress(unit="documents") as bar:
+        result = find_needles(engine, context=context, trials=trials, progress=bar)
+    depths = [{"depth": depth, "accuracy": accuracy} for depth, accuracy in result.accuracies.items()]
+    fields = {"model": model, "task": NEEDLE, "tokens": result.tokens, "accuracy": result.accuracy}
+    if json:
+        nothing = dict.fromkeys(("perplexity", "bits_per_byte", "kl_to_dense"))
+        print_json({**fields, **nothing, "context": result.context, "trials": trials, "depths": depths})
+        return
+    print_fields({**fields, "context": result.context})
+    print_table(
+        {"depth": "right", "found": "right"},
+        [(f"{depth['depth']:.0%}", f"{depth['accuracy']:.0%} of {trials}") for depth in depths],
+    )
 
 
 def read_text(name: str) -> str:

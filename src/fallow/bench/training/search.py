@@ -128,8 +128,8 @@ def _run_missing(trials: Mapping[str, Side], records: Records, runner: Runner) -
                 else:
                     records.add(ended.result())
         except BaseException:  # Ctrl-C: what runs would hold this process until it has ended by itself
-            pool.shutdown(wait=False, cancel_futures=True)
-            GUARD.end_all()
+            with GUARD.ending():
+                pool.shutdown(cancel_futures=True)
             raise
     if failures:
         raise failures[0]
