@@ -289,15 +289,25 @@ def test_a_trial_that_fails_leaves_those_beside_it(recipe_file: Path, tmp_path: 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_ends_the_trials_that_run(recipe_file: Path, jobs: int):
-    command = [sys.executable, "-m", "fallow", "bench", "train", recipe_file, "--tune", "ours", "--jobs", str(jobs)]
-    with subprocess.Popen([*command, "--set", "train.tokens=100_000_000"], stderr=subprocess.PIPE, text=True) as search:
-        while len(trainers := [pid for pid in process_tree(search.pid) if "our_trainer" in command_line(pid)]) < jobs:
-            assert search.poll() is None, search.stderr.read() if search.stderr else ""
-            time.sleep(0.1)
-        search.send_signal(signal.SIGINT)
-        search.wait(timeout=60)
+    # A background job inherits that SIGINT is ignored, and would not hear it.
+    hearing = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{hearing}; from fallow.cli import main; main()", "bench", "train", recipe_file]
+    options = ["--tune", "ours", "--jobs", str(jobs), "--set", "train.tokens=100_000_000"]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as search:
+        try:
+            while len(trainers := trainers_of(search.pid)) < jobs:
+                assert search.poll() is None, search.stderr.read() if search.stderr else ""
+                time.sleep(0.1)
+            search.send_signal(signal.SIGINT)
+            search.wait(timeout=60)
+        finally:
+            search.kill()
     assert search.returncode == 130
     assert not any("our_trainer" in command_line(pid) for pid in trainers)
+
+
+def trainers_of(pid: int) -> list[int]:
+    return [child for child in process_tree(pid) if "our_trainer" in command_line(child)]
 
 
 def command_line(pid: int) -> str:
