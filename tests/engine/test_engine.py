@@ -267,13 +267,16 @@ def test_a_prompt_with_a_token_beyond_the_model_is_refused() -> None:
         assert engine.generate("what is it?", GREEDY)[0].outputs[0].token_ids
 
 
-def test_a_plan_that_lets_something_rest_is_refused() -> None:
+SCREENED = SparsityPlan(head=(LayerRule("screen", parameters={"rank": 8, "candidates": 64}),))
+
+
+def test_a_plan_that_cannot_be_run_is_refused() -> None:
     with pytest.raises(FallowError, match="cannot run"):
-        Engine(plan=SparsityPlan(ffn=(LayerRule("zeros", 0),)))
+        Engine(plan=SCREENED)
 
 
 def test_a_plan_beside_the_weights_counts(tmp_path: Path) -> None:
-    SparsityPlan(ffn=(LayerRule("zeros", 0),)).save(tmp_path / "plan.json")
+    SCREENED.save(tmp_path / "plan.json")
     with pytest.raises(FallowError, match="cannot run"):
         Engine(tmp_path)
 

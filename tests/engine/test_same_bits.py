@@ -87,7 +87,7 @@ PAGES = SparsityPlan(
         for head, top in enumerate((1, 0, 2))
     )
 )
-NEURONS = SparsityPlan(ffn=(LayerRule("threshold", parameters={"threshold": 0.05}),), attention=PAGES.attention)
+NEURONS = SparsityPlan(ffn=(LayerRule("threshold", parameters={"threshold": 0.4}),), attention=PAGES.attention)
 
 
 @pytest.mark.parametrize("plan", [None, PAGES, NEURONS], ids=["dense", "pages", "pages and neurons"])

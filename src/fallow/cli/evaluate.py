@@ -71,13 +71,19 @@ def _find_needles(
     model: str, context: int | None, trials: int, precision: Precision, threads: Threads, json: bool
 ) -> None:
     from fallow.engine.engine import Engine
+    from fallow.engine.sampling import SamplingParams
     from fallow.evaluate.needle import find_needles
 
     path = fetch(model)
     with spinner(f"Loading {model}"):
         engine = Engine(path, precision=precision, threads=threads, max_context=context, max_num_seqs=4)
+
+    def answers(prompts: list[list[int]], tokens: int) -> list[str]:
+        outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens))
+        return [output.outputs[0].text for output in outputs]
+
     with engine, progress(unit="documents") as bar:
-        result = find_needles(engine, context=context, trials=trials, progress=bar)
+        result = find_needles(answers, engine.tokenizer, context=engine.max_context, trials=trials, progress=bar)
     depths = [{"depth": depth, "accuracy": accuracy} for depth, accuracy in result.accuracies.items()]
     fields = {"model": model, "task": NEEDLE, "tokens": result.tokens, "accuracy": result.accuracy}
     if json:

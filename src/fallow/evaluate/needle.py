@@ -4,17 +4,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError
 from fallow.models.tokenizer import Tokenizer
 from fallow.terminal import Progress
-
-if TYPE_CHECKING:
-    from fallow.engine.engine import Engine
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _DIGITS = 5
@@ -92,32 +87,32 @@ def _sentence(draw: random.Random) -> str:
     return " " + " ".join(draw.choice(words) for words in (_WHO, _WHAT, _WHERE, _WHEN)) + "."
 
 
+Answers = Callable[[list[list[int]], int], list[str]]
+"""What a model writes greedily after each of some prompts of token ids, in so many tokens at most."""
+
+
 def find_needles(
-    engine: Engine,
+    answers: Answers,
+    tokenizer: Tokenizer,
     *,
-    context: int | None = None,
+    context: int,
     trials: int = 20,
     depths: Sequence[float] = DEPTHS,
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> NeedleResult:
-    """Ask ``engine`` for ``trials`` needles at each of ``depths``, greedily; ``context`` is in tokens (None: all that
-    the engine has). An answer is right where it begins with the digits. Raises ``FallowError`` as ``needles`` does."""
-    context = min(context or engine.max_context, engine.max_context)
-    params = SamplingParams(temperature=0, max_tokens=_ANSWER_TOKENS)
+    """Ask for ``trials`` needles in ``context`` tokens at each of ``depths``. An answer is right where it begins with
+    the digits. Raises ``FallowError`` as ``needles`` does."""
     accuracies: dict[float, float] = {}
     tokens = 0
     for number, depth in enumerate(depths):
-        asked = needles(engine.tokenizer, context, depth, trials, seed=seed)
+        asked = needles(tokenizer, context, depth, trials, seed=seed)
         right = 0
         for first in range(0, trials, _AT_ONCE):
             progress("looking for needles", number * trials + first, len(depths) * trials)
             part = asked[first : first + _AT_ONCE]
-            outputs = engine.generate([needle.prompt for needle in part], params)
-            right += sum(
-                output.outputs[0].text.strip().startswith(needle.answer)
-                for needle, output in zip(part, outputs, strict=True)
-            )
+            texts = answers([needle.prompt for needle in part], _ANSWER_TOKENS)
+            right += sum(text.strip().startswith(needle.answer) for needle, text in zip(part, texts, strict=True))
         accuracies[depth] = right / trials
         tokens += sum(len(needle.prompt) for needle in asked)
     return NeedleResult(context, trials, accuracies, tokens)
