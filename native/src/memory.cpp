@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstring>
 #include <new>
 
 #if defined(__GLIBC__)
@@ -60,6 +61,12 @@ uint8_t* Arena::take(size_t bytes) {
   used_ += bytes;
   forbid(p + wanted, bytes - wanted);
   return p;
+}
+
+uint8_t* Arena::keep(const uint8_t* data, size_t bytes) {
+  uint8_t* place = take(bytes);
+  std::memcpy(place, data, bytes);
+  return place;
 }
 
 void Arena::trim() {

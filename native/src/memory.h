@@ -37,6 +37,7 @@ class Memory {
 class Arena {
  public:
   uint8_t* take(size_t bytes);  // 64-byte aligned, zeroed; throws std::bad_alloc
+  uint8_t* keep(const uint8_t* data, size_t bytes);  // a copy; throws std::bad_alloc
   void trim();                  // nothing more will be taken: what large pages hold beyond it goes back
 
  private:

@@ -8,22 +8,27 @@ namespace nb = nanobind;
 
 namespace fallow {
 
+namespace {
+
+RowSource source_of(const WeightSource& source) {
+  const auto& [type, data] = source;
+  return {type, data.data(), data.size(), static_cast<int>(data.shape(0))};
+}
+
+}  // namespace
+
 PackedLinear pack_sources(const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision) {
   std::vector<RowSource> rows;
-  for (const auto& [type, data] : sources) {
-    rows.push_back({type, data.data(), data.size(), static_cast<int>(data.shape(0))});
+  for (const auto& source : sources) {
+    rows.push_back(source_of(source));
   }
   const nb::gil_scoped_release release;
   return pack_linear(rows, in_features, {interleave, asymmetric, precision});
 }
 
 PackedNeurons pack_neuron_sources(const std::optional<WeightSource>& up, const WeightSource& down, int count, const std::string& precision) {
-  const auto source = [](const WeightSource& s) {
-    const auto& [type, data] = s;
-    return RowSource{type, data.data(), data.size(), static_cast<int>(data.shape(0))};
-  };
-  const RowSource ups = up ? source(*up) : RowSource{};
-  const RowSource downs = source(down);
+  const RowSource ups = up ? source_of(*up) : RowSource{};
+  const RowSource downs = source_of(down);
   const nb::gil_scoped_release release;
   return pack_neurons(up ? &ups : nullptr, downs, count, precision);
 }

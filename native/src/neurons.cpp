@@ -56,9 +56,7 @@ PackedNeurons pack_neurons(const RowSource* up, const RowSource& down, int count
 }
 
 void PackedNeurons::move_to(Arena& arena) {
-  uint8_t* place = arena.take(bytes);
-  std::memcpy(place, data, bytes);
-  data = place;
+  data = arena.keep(data, bytes);
   memory = Memory();
 }
 

@@ -335,9 +335,7 @@ PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features,
 }
 
 void PackedLinear::move_to(Arena& arena) {
-  uint8_t* place = arena.take(bytes);
-  std::memcpy(place, data, bytes);
-  data = place;
+  data = arena.keep(data, bytes);
   memory = Memory();
 }
 
