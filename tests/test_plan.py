@@ -28,7 +28,7 @@ def test_a_plan_survives_the_file(tmp_path: Path) -> None:
 
 def test_a_summary() -> None:
     assert SparsityPlan.dense().summary is None
-    assert PLAN.summary == "ffn in 2 layers, input in 1 layer, head in all layers"
+    assert PLAN.summary == "ffn in 2 layers, input in 1 layer, head"
 
 
 def test_an_axis_that_cannot_be_run_is_refused() -> None:

@@ -20,6 +20,13 @@ struct ActivationFormat {
   Pairs pairs_kind = Pairs::none;  // which values face the pairs of the weights
   bool asymmetric = false;
 
+  // What activations must look like for these weights.
+  static ActivationFormat of(const PackedLinear& w) {
+    const bool sums = w.pairs_kind == Pairs::sums || w.pairs_kind == Pairs::both;
+    if (w.codes == Codes::bf16) return {Codes::bf16, w.in_features, 32, w.pairs_kind, sums};
+    return {Codes::q8, w.in_features, w.group, w.pairs_kind, sums};
+  }
+
   int groups() const { return codes == Codes::bf16 ? 1 : in_features / group; }
   int pairs() const { return pair_count(pairs_kind, groups()); }
   static constexpr size_t align(size_t n) { return (n + 63) / 64 * 64; }

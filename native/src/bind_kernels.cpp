@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "kernels.h"
+#include "sample.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -33,7 +34,7 @@ NumpyFloats linear(const std::string& isa, const std::vector<WeightSource>& sour
                    const std::string& precision, const std::string& epilogue, const Matrix& initial) {
   const Kernels& kernels = kernels_of(isa);
   const PackedLinear w = pack_sources(sources, static_cast<int>(x.shape(1)), interleave, asymmetric, precision);
-  const ActivationFormat format = format_for(w);
+  const ActivationFormat format = ActivationFormat::of(w);
   const Epilogue e = epilogue_of(epilogue);
   const size_t columns = is_gate(e) ? w.out_features / 2 : w.out_features;
   const int rows = static_cast<int>(x.shape(0));
@@ -214,6 +215,45 @@ nb::tuple feed_forward(const std::string& isa, const std::optional<WeightSource>
   return nb::make_tuple(owned<float>(std::move(values), {gates.shape(0), gates.shape(1)}), owned<float>(std::move(sums), {x.shape(0), x.shape(1)}));
 }
 
+// Approximate logits of activations, begun in the middle, as threads share them.
+NumpyFloats screen(const std::string& isa, const PackedSigns& w, const Matrix& along, const Matrix& rest) {
+  const Kernels& kernels = kernels_of(isa);
+  if (along.shape(0) != rest.shape(0) || along.shape(1) != static_cast<size_t>(PackedSigns::directions) ||
+      rest.shape(1) != static_cast<size_t>(w.in_features) || w.data == nullptr) {
+    throw std::invalid_argument("shapes do not fit");
+  }
+  const auto rounded_rows = [&](const Matrix& x, const ActivationFormat& f) {
+    Memory rows(std::max<size_t>(1, x.shape(0)) * f.row_bytes());
+    for (size_t r = 0; r < x.shape(0); ++r) kernels.quantise(x.data() + r * x.shape(1), f, rows.data() + r * f.row_bytes(), 0, f.groups());
+    return rows;
+  };
+  const ActivationFormat along_format{Codes::q8, PackedSigns::directions, PackedSigns::directions};
+  const ActivationFormat rest_format{Codes::q8, w.in_features, PackedSigns::group};
+  const Memory along_rows = rounded_rows(along, along_format);
+  const Memory rest_rows = rounded_rows(rest, rest_format);
+  const auto rows = static_cast<int>(along.shape(0));
+  const size_t stride = static_cast<size_t>(w.tiles) * lanes;
+  std::vector<float> out(rows * stride);
+  const ScreenTask task{&w, along_format, rest_format, along_rows.data(), rest_rows.data(), rows, out.data(), stride};
+  kernels.screen(task, w.tiles / 2, w.tiles);
+  kernels.screen(task, 0, w.tiles / 2);
+  std::vector<float> values(rows * static_cast<size_t>(w.out_features));
+  for (int r = 0; r < rows; ++r) std::copy_n(out.data() + r * stride, w.out_features, values.data() + static_cast<size_t>(r) * w.out_features);
+  return owned<float>(std::move(values), {along.shape(0), static_cast<size_t>(w.out_features)});
+}
+
+// Noise of temperature 1 of one draw, for `count` tokens.
+NumpyFloats noise(const std::string& isa, int count, uint64_t seed, uint64_t draw) {
+  const int width = (count + lanes - 1) / lanes * lanes;
+  std::vector<float> values(width);
+  SamplingRow p{};
+  p.seed = seed;
+  p.draw = draw;
+  kernels_of(isa).perturb(values.data(), 0, width, 1.f, noise_key(p), values.data());
+  values.resize(count);
+  return owned<float>(std::move(values), {static_cast<size_t>(count)});
+}
+
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
@@ -228,6 +268,8 @@ void bind_kernels(nb::module_& m) {
         "queries"_a, "window"_a, "scale"_a, "sink_pages"_a = 0, "recent_pages"_a = 1, "top_pages"_a = std::vector<int>{});
   m.def("feed_forward", &feed_forward, "isa"_a, "up"_a.none(), "down"_a, "x"_a, "gates"_a, nb::kw_only(), "precision"_a, "activation"_a, "threshold"_a,
         "initial"_a);
+  m.def("screen", &screen, "isa"_a, "signs"_a, "along"_a, "rest"_a);
+  m.def("noise", &noise, "isa"_a, "count"_a, nb::kw_only(), "seed"_a, "draw"_a);
   m.def(
       "unpack",
       [](const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision) {

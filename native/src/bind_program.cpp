@@ -20,6 +20,7 @@ namespace {
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 Step step_of(const Ints& tokens, const Ints& row_offsets, const Ints& start_positions, const Table& page_table, const Ints& logit_rows) {
   if (start_positions.size() == 0 || row_offsets.size() != start_positions.size() + 1 || page_table.shape(0) != start_positions.size()) {
@@ -51,6 +52,21 @@ nb::dict describe(const PackedLinear& w) {
 }  // namespace
 
 void bind_program(nb::module_& m) {
+  nb::class_<PackedSigns>(m, "Signs")
+      .def(nb::init<int, int>(), "out_features"_a, "in_features"_a)
+      .def(
+          "put_rows",
+          [](PackedSigns& w, int first, const Matrix& along, const Matrix& rest, const Floats& deviations) {
+            if (w.memory.data() == nullptr) throw std::invalid_argument("the signs belong to a program already");
+            const size_t rows = along.shape(0);
+            if (along.shape(1) != static_cast<size_t>(PackedSigns::directions) || rest.shape(0) != rows || deviations.size() != rows ||
+                rest.shape(1) != static_cast<size_t>(w.in_features)) {
+              throw std::invalid_argument("along, rest and deviations are not those of the same rows");
+            }
+            w.put_rows(first, static_cast<int>(rows), along.data(), rest.data(), deviations.data());
+          },
+          "first"_a, "along"_a, "rest"_a, "deviations"_a);
+  m.attr("screen_directions") = PackedSigns::directions;
   nb::class_<Program>(m, "Program")
       .def(
           "__init__",
@@ -76,8 +92,18 @@ void bind_program(nb::module_& m) {
             return p.add_neurons(pack_neuron_sources(up, down, count, precision));
           },
           "up"_a.none(), "down"_a, "count"_a, nb::kw_only(), "precision"_a)
+      .def(
+          "signs",
+          [](Program& p, PackedSigns& signs) {
+            if (signs.memory.data() == nullptr) throw std::invalid_argument("the signs belong to a program already");
+            return p.add_signs(std::move(signs));
+          },
+          "signs"_a)
+      .def(
+          "rounded", [](Program& p, int width, int group) { return p.add_activations({Codes::q8, width, group}); }, "width"_a, nb::kw_only(),
+          "group"_a)
       .def("describe", [](const Program& p, int w) { return describe(p.weights(w)); }, "weights"_a)
-      .def("activations_for", [](Program& p, int w) { return p.add_activations(format_for(p.weights(w))); }, "weights"_a)
+      .def("activations_for", [](Program& p, int w) { return p.add_activations(ActivationFormat::of(p.weights(w))); }, "weights"_a)
       .def(
           "embed",
           [](Program& p, int weights, int out, float scale, int column, bool add) { p.add(op::Embed{weights, out, scale, column, add}); },
@@ -132,6 +158,14 @@ void bind_program(nb::module_& m) {
           "spread", [](Program& p, int x, int weights, int out, float threshold) { p.add(op::Spread{x, weights, out, threshold}); }, "x"_a,
           "weights"_a, "out"_a, nb::kw_only(), "threshold"_a = 0.f)
       .def("gather", [](Program& p, int x, int out) { p.add(op::Gather{x, out}); }, "x"_a, "out"_a)
+      .def(
+          "screen",
+          [](Program& p, int along, int rest, int signs, int out, float cap) { p.add(op::Screen{along, rest, signs, out, cap}); }, "along"_a,
+          "rest"_a, "signs"_a, "out"_a, nb::kw_only(), "cap"_a = 0.f)
+      .def("shortlist", [](Program& p, int logits, int tiles) { p.add(op::Shortlist{logits, tiles}); }, "logits"_a, nb::kw_only(), "tiles"_a)
+      .def(
+          "rescore", [](Program& p, int activations, int weights, int out, float cap) { p.add(op::Rescore{activations, weights, out, cap}); },
+          "activations"_a, "weights"_a, "out"_a, nb::kw_only(), "cap"_a = 0.f)
       .def("finish", &Program::finish, "logits"_a)
       .def(
           "centre",
@@ -196,6 +230,13 @@ void bind_program(nb::module_& m) {
           "rows"_a)
       .def_prop_ro("weight_bytes", &Program::weight_bytes)
       .def_prop_ro("page_bytes", &Program::page_bytes)
+      .def_prop_ro("head_counts",
+                   [](const Program& p) {
+                     const auto& counts = p.head_counts();
+                     return std::make_tuple(counts.rows, counts.tiles, counts.doubtful_rows);
+                   })
+      .def("head_tiles", &Program::head_tiles, "row"_a, nb::kw_only(), "shortlist"_a = false,
+           "Tiles of the head that the last step computed for a logit row, or those of its shortlist alone.")
       .def_prop_ro("isa", &Program::isa);
 }
 

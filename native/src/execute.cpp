@@ -32,8 +32,10 @@ void Program::run(const Step& step, SampleArgs* sample) {
   plan_attention(step);
   if (chooses_pages_) list_full_pages();
   list_pages_ahead();
+  begin_head();
   for (size_t i = 0; i <= operations_.size(); ++i) next_[i].store(0, std::memory_order_relaxed);
   pool_.run([](void* self, int thread) { static_cast<Program*>(self)->execute(thread); }, this);
+  count_head_rows();
 }
 
 void Program::execute(int thread) {
@@ -60,9 +62,7 @@ void Program::execute(int thread) {
     }
     pool_.barrier();
   }
-  if (sample_ == nullptr) return;
-  std::atomic<int>& next = next_[operations_.size()];
-  for (int r = 0; (r = next.fetch_add(1, std::memory_order_relaxed)) < step_.num_logit_rows;) sample_row(*sample_, r, scratch_[thread].sample);
+  sample_rows(thread);
 }
 
 // Columns are shared out where an operation is about them, else rows.
@@ -72,7 +72,9 @@ Program::Part Program::part_of(int index, int thread) const {
                           std::holds_alternative<op::Quantise>(operations_[index]) ||
                           std::holds_alternative<op::SoftCap>(operations_[index]) ||
                           std::holds_alternative<op::Neurons>(operations_[index]) ||
-                          std::holds_alternative<op::Spread>(operations_[index]);
+                          std::holds_alternative<op::Spread>(operations_[index]) ||
+                          std::holds_alternative<op::Screen>(operations_[index]) ||
+                          std::holds_alternative<op::Rescore>(operations_[index]);
   if (by_columns) return {0, n, thread, pool_.size(), 0};
   return {share(n, thread), share(n, thread + 1), 0, 1, 0};
 }

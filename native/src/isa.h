@@ -5,9 +5,11 @@
 #include "kernels/elementwise.h"
 #include "kernels/linear.h"
 #include "kernels/neurons.h"
+#include "kernels/noise.h"
 #include "kernels/normalise.h"
 #include "kernels/pages.h"
 #include "kernels/rope.h"
+#include "kernels/signs.h"
 #include "kernels/threshold.h"
 
 namespace fallow {
@@ -16,7 +18,8 @@ template <class S>
 constexpr Kernels make_kernels() {
   return {S::name,          kernels::linear<S>,   kernels::quantise<S>, kernels::rms_norm<S>,  kernels::add<S>,   kernels::gate<S>,
           kernels::mix<S>,  kernels::soft_cap<S>, kernels::above_threshold<S>, kernels::rope<S>, kernels::attention<S>, kernels::merge<S>,
-          kernels::finish<S>, kernels::summarise<S>, kernels::choose_pages<S>, kernels::neurons<S>, kernels::spread<S>};
+          kernels::finish<S>, kernels::summarise<S>, kernels::choose_pages<S>, kernels::neurons<S>, kernels::spread<S>,
+          kernels::perturb<S>, kernels::screen<S>, kernels::screened_peaks<S>};
 }
 
 }  // namespace fallow

@@ -8,6 +8,7 @@
 #include "activations.h"
 #include "neurons.h"
 #include "packed.h"
+#include "signs.h"
 
 namespace fallow {
 
@@ -40,7 +41,8 @@ struct LinearTask {
   size_t out_stride;
   const float* bias;  // [tiles rounded up to even * 16] or null
   Epilogue epilogue;
-  PagesAhead ahead;  // this thread's part
+  PagesAhead ahead = {};  // this thread's part
+  const int32_t* tiles = nullptr;  // an even number of those that are computed, of which [begin, end) are taken; null: all
 };
 
 // Where the KV cache of one layer keeps its pages. Of a page: for each KV head its keys, bfloat16
@@ -146,9 +148,25 @@ struct SpreadTask {
   size_t out_stride;
 };
 
+// Approximate logits.
+struct ScreenTask {
+  const PackedSigns* weights;
+  ActivationFormat along_format, rest_format;
+  const uint8_t* along;  // [rows] activations along the first directions of its basis, and along the others
+  const uint8_t* rest;
+  int rows;
+  float* out;  // [rows][out_stride]
+  size_t out_stride;
+};
+
+// Which noise: that of one draw of one request.
+struct NoiseKey {
+  uint32_t first, second;
+};
+
 struct Kernels {
   const char* name;
-  // Tiles [begin, end) of the weights, begin even. scratch: linear_scratch_bytes(in_features).
+  // Tiles [begin, end) of the weights, or of the list of them; begin even. scratch: linear_scratch_bytes(in_features).
   void (*linear)(const LinearTask&, int begin, int end, uint8_t* scratch);
   // Groups [begin, end) of a row of activations; bf16 has one group of the whole row.
   void (*quantise)(const float* x, const ActivationFormat&, uint8_t* row, int begin, int end);
@@ -175,6 +193,12 @@ struct Kernels {
   void (*neurons)(const NeuronTask&, int begin, int end);
   // To columns [begin, end), multiples of 16.
   void (*spread)(const SpreadTask&, int begin, int end);
+  // Logits of tokens [first, first + width), width a multiple of 16: out = x + temperature * noise.
+  void (*perturb)(const float* x, int first, int width, float temperature, NoiseKey key, float* out);
+  // Tiles [begin, end) of the screen.
+  void (*screen)(const ScreenTask&, int begin, int end);
+  // Of each of these tiles the largest logit after `margin` > 0 of its deviations.
+  void (*screened_peaks)(const PackedSigns&, const float* logits, float margin, int begin, int end, float* peaks);
 };
 
 inline size_t linear_scratch_bytes(int in_features) { return static_cast<size_t>(in_features) * lanes * 2; }

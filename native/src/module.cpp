@@ -33,16 +33,6 @@ PackedNeurons pack_neuron_sources(const std::optional<WeightSource>& up, const W
   return pack_neurons(up ? &ups : nullptr, downs, count, precision);
 }
 
-ActivationFormat format_for(const PackedLinear& w) {
-  ActivationFormat f;
-  f.codes = w.codes == Codes::bf16 ? Codes::bf16 : Codes::q8;
-  f.in_features = w.in_features;
-  f.group = w.codes == Codes::bf16 ? 32 : w.group;
-  f.pairs_kind = w.pairs_kind;
-  f.asymmetric = w.pairs_kind == Pairs::sums || w.pairs_kind == Pairs::both;
-  return f;
-}
-
 Epilogue epilogue_of(const std::string& name) {
   if (name == "store") return Epilogue::store;
   if (name == "add") return Epilogue::add;

@@ -62,6 +62,12 @@ int Program::add_neurons(PackedNeurons neurons) {
   return static_cast<int>(neurons_.size()) - 1;
 }
 
+int Program::add_signs(PackedSigns signs) {
+  signs.move_to(arena_);
+  signs_.push_back(std::make_unique<PackedSigns>(std::move(signs)));
+  return static_cast<int>(signs_.size()) - 1;
+}
+
 int Program::add_vector(std::vector<float> values) {
   // Kernels read whole pairs of tiles of a bias.
   values.resize((values.size() + 2 * lanes - 1) / (2 * lanes) * (2 * lanes), 0.f);
@@ -75,6 +81,7 @@ size_t Program::weight_bytes() const {
   size_t total = 0;
   for (const auto& w : weights_) total += w->bytes;
   for (const auto& n : neurons_) total += n->bytes;
+  for (const auto& n : signs_) total += n->bytes;
   return total;
 }
 
@@ -94,6 +101,19 @@ void Program::finish(int logits_buffer) {
   };
   int widest = 1;
   int widest_linear = 1;
+  // Weights that are read with these activations.
+  const auto reading = [&](int activations, int weights) -> const PackedLinear& {
+    use(activation_kind, activations);
+    const PackedLinear& w = *weights_.at(weights);
+    const ActivationFormat& f = activations_.at(activations).format;
+    require(f.in_features == w.in_features, "linear: activations and weights differ in width");
+    require((w.codes == Codes::bf16) == (f.codes == Codes::bf16), "linear: activations are of another kind than the weights");
+    require(w.codes == Codes::bf16 || (f.group == w.group && f.pairs_kind == w.pairs_kind &&
+                                       f.asymmetric == (w.pairs_kind == Pairs::sums || w.pairs_kind == Pairs::both)),
+            "linear: activations are grouped otherwise than the weights");
+    widest_linear = std::max(widest_linear, w.in_features);
+    return w;
+  };
   row_kind_.clear();
   for (const auto& operation : operations_) {
     std::visit(
@@ -128,21 +148,13 @@ void Program::finish(int logits_buffer) {
               require(activations_.at(o.out).format.in_features <= width(o.x), "quantise: activations are too wide");
             },
             [&](const op::Linear& o) {
-              use(activation_kind, o.activations);
               use(buffer_kind, o.out);
-              const PackedLinear& w = *weights_.at(o.weights);
-              const ActivationFormat& f = activations_.at(o.activations).format;
-              require(f.in_features == w.in_features, "linear: activations and weights differ in width");
-              require((w.codes == Codes::bf16) == (f.codes == Codes::bf16), "linear: activations are of another kind than the weights");
-              require(w.codes == Codes::bf16 || (f.group == w.group && f.pairs_kind == w.pairs_kind &&
-                                                 f.asymmetric == (w.pairs_kind == Pairs::sums || w.pairs_kind == Pairs::both)),
-                      "linear: activations are grouped otherwise than the weights");
+              const PackedLinear& w = reading(o.activations, o.weights);
               const bool gated = is_gate(o.epilogue);
               require(!gated || w.out_features % (2 * lanes) == 0, "linear: gated weights need rows in multiples of 32");
               require(o.column >= 0 && o.column + (gated ? w.out_features / 2 : w.out_features) <= width(o.out),
                       "linear: the buffer is too narrow");
               if (o.bias >= 0) vector_of(o.bias, w.out_features);
-              widest_linear = std::max(widest_linear, w.in_features);
             },
             [&](const op::Rope& o) {
               use(buffer_kind, o.qkv);
@@ -207,11 +219,41 @@ void Program::finish(int logits_buffer) {
               kind = 1;
               use(buffer_kind, o.out);
             },
+            [&](const op::Screen& o) {
+              use(buffer_kind, o.out);
+              use(activation_kind, o.along);
+              use(activation_kind, o.rest);
+              require(kind == 1 && o.out == logits_buffer, "screen: it makes logits");
+              const PackedSigns& w = *signs_.at(o.signs);
+              const auto is_rounded = [&](int a, int columns, int group) {
+                const ActivationFormat& f = activations_[a].format;
+                return f.codes == Codes::q8 && f.in_features == columns && f.group == group && f.pairs_kind == Pairs::none && !f.asymmetric;
+              };
+              require(is_rounded(o.along, PackedSigns::directions, PackedSigns::directions) && is_rounded(o.rest, w.in_features, PackedSigns::group),
+                      "screen: activations are of another kind than it reads");
+              require(w.out_features == width(o.out), "screen: it has another vocabulary than the logits");
+              require(o.cap >= 0.f && std::isfinite(o.cap), "screen: the cap must be a number of at least 0");
+            },
+            [&](const op::Shortlist& o) {
+              require(row_kind_.size() > 0 && std::holds_alternative<op::Screen>(operations_[row_kind_.size() - 1]) && o.logits == logits_buffer,
+                      "shortlist: it follows a screen");
+              require(o.tiles > 0, "shortlist: it is empty");
+            },
+            [&](const op::Rescore& o) {
+              require(row_kind_.size() > 0 && std::holds_alternative<op::Shortlist>(operations_[row_kind_.size() - 1]) && o.out == logits_buffer,
+                      "rescore: it follows a shortlist");
+              require(reading(o.activations, o.weights).out_features == width(o.out), "rescore: the weights have another vocabulary than the logits");
+              require(o.cap >= 0.f && std::isfinite(o.cap), "rescore: the cap must be a number of at least 0");
+            },
         },
         operation);
     row_kind_.push_back(kind);
   }
   require(kind == 1, "a program gathers the rows whose logits are wanted");
+  const auto count = [&](auto is) { return std::count_if(operations_.begin(), operations_.end(), is); };
+  const auto screens = count([](const Operation& o) { return std::holds_alternative<op::Screen>(o); });
+  require(screens <= 1 && screens == count([](const Operation& o) { return std::holds_alternative<op::Rescore>(o); }),
+          "screen: a program has one at most, and computes its shortlist");
   logits_ = logits_buffer;
   (void)buffers_.at(logits_buffer);
   find_runs();
@@ -251,6 +293,7 @@ void Program::finish(int logits_buffer) {
     s.states.resize(attention_block);
     scratch_.push_back(std::move(s));
   }
+  prepare_head();
   row_sequence_.resize(limits_.max_tokens);
   row_position_.resize(limits_.max_tokens);
   next_linear_.assign(operations_.size(), -1);
@@ -301,6 +344,9 @@ void Program::find_runs() {
                    [&](const op::Neurons& o) { reads(o.x), reads(o.gates); },
                    [&](const op::Spread& o) { reads(o.x), reads(o.out); },
                    [&](const op::Gather& o) { leaves_run(o.x), leaves_run(o.out), alone = true; },
+                   [&](const op::Screen& o) { writes(o.out); },
+                   [&](const op::Shortlist& o) { reads(o.logits); },
+                   [&](const op::Rescore& o) { reads(o.out); },
                },
                operations_[i]);
     if (alone || i + 1 == operations_.size()) {

@@ -15,6 +15,7 @@
 #include "pool.h"
 #include "prefetch.h"
 #include "sample.h"
+#include "signs.h"
 
 namespace fallow {
 
@@ -97,10 +98,24 @@ struct Spread {  // out += what the neurons in x beyond the threshold add to the
 struct Gather {  // rows of logit_rows
   int x, out;
 };
+// The head where most of the vocabulary rests (execute_head.cpp), one after the other. Rows of which more is wanted than
+// a token get all logits.
+struct Screen {  // approximate logits out of activations along the first directions of a screen's basis, and the rest
+  int along, rest, signs, out;
+  float cap;  // soft, or 0
+};
+struct Shortlist {  // of each row the tiles that hold the largest
+  int logits, tiles;
+};
+struct Rescore {  // the logits of these, exactly
+  int activations, weights, out;
+  float cap;
+};
 }  // namespace op
 
 using Operation = std::variant<op::Embed, op::Norm, op::NormQuantise, op::Quantise, op::Linear, op::Rope, op::Attention,
-                               op::Add, op::Gate, op::Mix, op::SoftCap, op::AboveThreshold, op::Neurons, op::Spread, op::Gather>;
+                               op::Add, op::Gate, op::Mix, op::SoftCap, op::AboveThreshold, op::Neurons, op::Spread, op::Gather, op::Screen,
+                               op::Shortlist, op::Rescore>;
 
 struct Limits {
   int max_tokens, max_sequences, max_logit_rows, num_pages, max_positions;
@@ -127,6 +142,7 @@ class Program {
   int add_activations(const ActivationFormat& format);
   int add_weights(PackedLinear weights);
   int add_neurons(PackedNeurons neurons);
+  int add_signs(PackedSigns signs);
   int add_vector(std::vector<float> values);
   void add(Operation operation);
   // Checks every operand of every operation and allocates. Throws std::invalid_argument.
@@ -148,6 +164,14 @@ class Program {
   size_t logits_stride() const { return buffers_[logits_].stride; }
   const PackedLinear& weights(int i) const { return *weights_.at(i); }
   const Limits& limits() const { return limits_; }
+  // Since the program began: rows that were screened, tiles of the head that were computed for them, and how many of the
+  // rows needed more than their shortlist.
+  struct HeadCounts {
+    int64_t rows = 0, tiles = 0, doubtful_rows = 0;
+  };
+  const HeadCounts& head_counts() const { return head_counts_; }
+  // That the last step computed for a logit row, or those of its shortlist alone. Throws std::invalid_argument.
+  std::vector<int32_t> head_tiles(int row, bool shortlist) const;
   ThreadPool& pool() { return pool_; }
   size_t weight_bytes() const;
   size_t page_bytes() const { return (layout_.page_bytes() + (chooses_pages_ ? layout_.summary_bytes() : 0)) * num_layers_; }
@@ -217,6 +241,35 @@ class Program {
   void execute(const op::Neurons&, int index, int thread, const Part&);
   void execute(const op::Spread&, int index, int thread, const Part&);
   void execute(const op::Gather&, int index, int thread, const Part&);
+  void execute(const op::Screen&, int index, int thread, const Part&);
+  void execute(const op::Shortlist&, int index, int thread, const Part&);
+  void execute(const op::Rescore&, int index, int thread, const Part&);
+
+  struct HeadRow {  // of a logit row where most of the vocabulary rests
+    bool screened = false;  // it began with approximate logits
+    bool whole = true;      // all of its logits are exact, or are about to be
+    bool doubtful = false;  // `wanted` could change its token
+    int rounds = 0;
+    size_t listed = 0;            // how many of `exact` the shortlist was
+    float scale = 0.f;            // of the screen's errors in this row, in units of the deviations that it knows
+    std::vector<float> peaks;     // of each tile the largest logit, and some deviations
+    std::vector<int32_t> wanted;  // tiles to be computed, an even number
+    std::vector<int32_t> exact;   // tiles that are
+    std::vector<char> is_exact;   // of each tile
+    std::vector<double> errors;   // of each tile wanted: squared, in units of deviations
+  };
+  void prepare_head();
+  void begin_head();
+  const PackedSigns& screen() const;
+  void finish_logits(int row, float cap, int first, int last, float* logits) const;
+  static void begin_round(HeadRow&);
+  void compute_whole(const op::Rescore&, int begin, int end, int thread, const Part&);
+  void compute_wanted(const op::Rescore&, int row, int thread, const Part&);
+  double squared_errors(int tile, const float* screened, const float* exact) const;
+  void choose_token(int row, SampleScratch&);
+  float take_largest(int row, const float* logits) const;
+  void sample_rows(int thread);
+  void count_head_rows();
 
   void attend(const op::Attention&, const AttentionItem&, ThreadScratch&);
   void attend_segment(const op::Attention&, int item, ThreadScratch&);
@@ -279,6 +332,7 @@ class Program {
   Arena arena_;
   std::vector<std::unique_ptr<PackedLinear>> weights_;
   std::vector<std::unique_ptr<PackedNeurons>> neurons_;
+  std::vector<std::unique_ptr<PackedSigns>> signs_;
   std::vector<std::vector<float>> vectors_;
   std::vector<Operation> operations_;
   std::vector<int> row_kind_;  // of each operation: 0 tokens, 1 logit rows
@@ -305,6 +359,10 @@ class Program {
   Memory summary_memory_;  // [layers][pages][kv heads] summaries, where pages are chosen
   Memory queries_;
   std::vector<ThreadScratch> scratch_;
+
+  int rescore_ = -1;  // the operation, or -1
+  std::vector<HeadRow> head_rows_;
+  HeadCounts head_counts_;
 
   Step step_{};
   SampleArgs* sample_ = nullptr;

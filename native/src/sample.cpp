@@ -76,10 +76,8 @@ uint64_t mix(uint64_t z) {
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
   return z ^ (z >> 31);
 }
-double uniform(uint64_t seed, uint64_t draw) {
-  const uint64_t z = mix(mix(seed + 0x9e3779b97f4a7c15ull) + (draw + 1) * 0x9e3779b97f4a7c15ull);
-  return static_cast<double>(z >> 11) * 0x1p-53;
-}
+uint64_t random_bits(const SamplingRow& p) { return mix(mix(p.seed + 0x9e3779b97f4a7c15ull) + (p.draw + 1) * 0x9e3779b97f4a7c15ull); }
+double uniform(const SamplingRow& p) { return static_cast<double>(random_bits(p) >> 11) * 0x1p-53; }
 
 bool edits(const SampleArgs& args, int row) {
   const SamplingRow& p = args.sampling[row];
@@ -125,11 +123,13 @@ void collect(const float* x, int n, float floor, size_t count, std::vector<Candi
   std::sort(out.begin(), out.end(), before);
 }
 
-// The `count` most likely tokens: the largest values of 256 strided parts bound the count-th largest from below.
-void top_candidates(const float* x, int n, size_t count, float least, std::vector<Candidate>& out) {
+}  // namespace
+
+// The largest values of 256 strided parts bound the count-th largest from below.
+void largest_values(const float* x, int n, size_t count, float least, std::vector<Candidate>& out) {
   constexpr int parts = 256;
   float floor = -infinity;
-  if (n >= 4096 && count <= parts) {
+  if (n >= 1024 && count <= parts) {
     float m[parts];
     std::fill(m, m + parts, -infinity);
     int i = 0;
@@ -142,14 +142,31 @@ void top_candidates(const float* x, int n, size_t count, float least, std::vecto
   collect(x, n, std::max(floor, least), count, out);
 }
 
-int draw_token(const SamplingRow& p, const float* x, int n, float peak, std::vector<Candidate>& candidates) {
+namespace {
+
+Choice largest_after_noise(const SampleArgs& args, const SamplingRow& p, const float* x) {
+  constexpr int width = 512;
+  float block[width] = {};
+  Choice choice{0, -infinity};
+  const NoiseKey key = noise_key(p);
+  for (int begin = 0; begin < args.vocab; begin += width) {
+    const int count = std::min(width, args.vocab - begin);
+    std::copy_n(x + begin, count, block);
+    args.perturb(block, begin, width, p.temperature, key, block);
+    for (int i = 0; i < count; ++i) {
+      if (block[i] > choice.reach) choice = {begin + i, block[i]};
+    }
+  }
+  return choice;
+}
+
+Choice draw_token(const SamplingRow& p, const float* x, int n, float peak, std::vector<Candidate>& candidates) {
   const float factor = 1.f / p.temperature;
-  const double u = uniform(p.seed, p.draw);
+  const double u = uniform(p);
   // Below `possible` a token's probability is 0 in float32, below `least` it is that or less than min-p asks for.
   const float possible = peak - 80.f * p.temperature;
   const float least = p.min_p > 0.f ? std::max(possible, peak + p.temperature * std::log(p.min_p)) : possible;
-  const bool all = p.top_k <= 0 && p.top_p >= 1.f && p.min_p <= 0.f;
-  if (all) {
+  if (p.is_from_all()) {
     const double target = u * exp_sum(x, n, peak, factor);
     double below = 0;
     for (int begin = 0; begin < n; begin += 512) {
@@ -164,17 +181,17 @@ int draw_token(const SamplingRow& p, const float* x, int n, float peak, std::vec
         if (!(x[i] > -infinity)) continue;
         last = i;
         below += exp_negative((x[i] - peak) * factor);
-        if (below > target) return i;
+        if (below > target) return {i, -infinity};
       }
-      if (last >= 0) return last;
+      if (last >= 0) return {last, -infinity};
     }
-    return first_at(x, n, peak);
+    return {first_at(x, n, peak), -infinity};
   }
   // The total before top-p is over what top-k left, min-p or not; without top-k it is over the whole row.
   double total = 0;
   size_t keep = 0;
   if (p.top_k > 0) {
-    top_candidates(x, n, std::min<size_t>(p.top_k, n), p.top_p < 1.f ? possible : least, candidates);
+    largest_values(x, n, std::min<size_t>(p.top_k, n), p.top_p < 1.f ? possible : least, candidates);
     keep = candidates.size();
     for (const auto& c : candidates) total += exp_negative((c.first - peak) * factor);
     if (p.top_p < 1.f) {
@@ -186,7 +203,7 @@ int draw_token(const SamplingRow& p, const float* x, int n, float peak, std::vec
     total = exp_sum(x, n, peak, factor);
     // A few hundred tokens hold the mass nearly always; where they do not, all are looked at.
     for (size_t count : {size_t{256}, static_cast<size_t>(n)}) {
-      top_candidates(x, n, std::min<size_t>(count, n), least, candidates);
+      largest_values(x, n, std::min<size_t>(count, n), least, candidates);
       double mass = 0;
       for (keep = 0; keep < candidates.size() && mass < p.top_p * total; ++keep) mass += exp_negative((candidates[keep].first - peak) * factor);
       if (mass >= p.top_p * total || candidates.size() < count) break;
@@ -196,15 +213,18 @@ int draw_token(const SamplingRow& p, const float* x, int n, float peak, std::vec
     keep = candidates.size();
   }
   keep = std::max<size_t>(keep, 1);
+  // All from `least` on are kept, unless top-k or top-p end before: then a token that reaches what was kept last would be.
+  const bool ended = p.top_p < 1.f || (p.top_k > 0 && keep == static_cast<size_t>(p.top_k));
+  const float reach = ended ? candidates[keep - 1].first : least;
   double mass = 0;
   for (size_t i = 0; i < keep; ++i) mass += exp_negative((candidates[i].first - peak) * factor);
   const double target = u * mass;
   double below = 0;
   for (size_t i = 0; i < keep; ++i) {
     below += exp_negative((candidates[i].first - peak) * factor);
-    if (below > target) return candidates[i].second;
+    if (below > target) return {candidates[i].second, reach};
   }
-  return candidates[keep - 1].second;
+  return {candidates[keep - 1].second, reach};
 }
 
 }  // namespace
@@ -214,42 +234,54 @@ float log_probability(const float* row, int vocab, int token) {
   return static_cast<float>(static_cast<double>(row[token] - peak) - std::log(exp_sum(row, vocab, peak, 1.f)));
 }
 
-void sample_row(const SampleArgs& args, int row, SampleScratch& scratch) {
-  const SamplingRow& p = args.sampling[row];
-  const float* logits = args.logits + static_cast<size_t>(row) * args.stride;
-  const float* x = edit(args, row, logits, scratch.edited);
-  const float peak = largest(x, args.vocab);
-  int token = 0;
-  bool possible = peak > -infinity;
-  if (!possible) {
-    token = 0;
-  } else if (p.temperature < 1e-5f || peak == infinity) {
-    token = first_at(x, args.vocab, peak);
-  } else {
-    token = draw_token(p, x, args.vocab, peak, scratch.candidates);
-  }
+NoiseKey noise_key(const SamplingRow& p) {
+  const uint64_t key = random_bits(p);
+  return {static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(key)};
+}
+
+void take_token(const SampleArgs& args, int row, int token) {
   args.tokens[row] = token;
   args.logprobs[row] = 0.f;
   for (int i = 0; i < args.top; ++i) {
     args.top_tokens[static_cast<size_t>(row) * args.top + i] = -1;
     args.top_logprobs[static_cast<size_t>(row) * args.top + i] = -infinity;
   }
+}
+
+bool is_plain(const SampleArgs& args, int row) { return args.sampling[row].logprobs < 0 && !edits(args, row); }
+
+Choice sample_row(const SampleArgs& args, int row, SampleScratch& scratch) {
+  const SamplingRow& p = args.sampling[row];
+  const float* logits = args.logits + static_cast<size_t>(row) * args.stride;
+  const float* x = edit(args, row, logits, scratch.edited);
+  const float peak = largest(x, args.vocab);
+  Choice choice{0, -infinity};
+  const bool possible = peak > -infinity;
+  if (possible && (!p.is_draw() || peak == infinity)) {
+    choice = {first_at(x, args.vocab, peak), peak};
+  } else if (possible && p.is_from_all() && args.perturb != nullptr) {
+    choice = largest_after_noise(args, p, x);
+  } else if (possible) {
+    choice = draw_token(p, x, args.vocab, peak, scratch.candidates);
+  }
+  take_token(args, row, choice.token);
   if (!possible) {
     args.logprobs[row] = std::numeric_limits<float>::quiet_NaN();
-    return;
+    return choice;
   }
-  if (p.logprobs < 0) return;
+  if (p.logprobs < 0) return choice;
   const float raw_peak = largest(logits, args.vocab);
   const double log_total = std::log(exp_sum(logits, args.vocab, raw_peak, 1.f));
   const auto log_probability_of = [&](float logit) { return static_cast<float>(static_cast<double>(logit - raw_peak) - log_total); };
-  args.logprobs[row] = log_probability_of(logits[token]);
+  args.logprobs[row] = log_probability_of(logits[choice.token]);
   const size_t wanted = std::min<size_t>(std::min(p.logprobs, args.top), args.vocab);
-  if (wanted == 0) return;
-  top_candidates(logits, args.vocab, wanted, -infinity, scratch.candidates);
+  if (wanted == 0) return choice;
+  largest_values(logits, args.vocab, wanted, -infinity, scratch.candidates);
   for (size_t i = 0; i < std::min(wanted, scratch.candidates.size()); ++i) {
     args.top_tokens[static_cast<size_t>(row) * args.top + i] = scratch.candidates[i].second;
     args.top_logprobs[static_cast<size_t>(row) * args.top + i] = log_probability_of(scratch.candidates[i].first);
   }
+  return choice;
 }
 
 }  // namespace fallow

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace fallow {
 
@@ -81,8 +82,24 @@ struct Avx512 {
   static I shift_left(I a) {
     return _mm512_slli_epi32(a, N);
   }
+  template <int N>
+  static I shift_right(I a) {
+    return _mm512_srli_epi32(a, N);
+  }
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I imul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static I iand(I a, I b) { return _mm512_and_si512(a, b); }
+  static I ior(I a, I b) { return _mm512_or_si512(a, b); }
+  static I ixor(I a, I b) { return _mm512_xor_si512(a, b); }
+  static I bits_of(F x) { return _mm512_castps_si512(x); }
+  static F float_of(I x) { return _mm512_castsi512_ps(x); }
   static I set1_i32(int32_t x) { return _mm512_set1_epi32(x); }
+  // 64 bits, each as a byte of 2 or 0
+  static I twos(const uint8_t* p) {
+    uint64_t bits;
+    std::memcpy(&bits, p, 8);
+    return _mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(2));
+  }
   static I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
   static I high_nibbles(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
   // acc[lane] += sum over 4 bytes of unsigned u times signed s

@@ -145,8 +145,40 @@ struct Scalar {
   static I shift_left(const I& a) {
     return imap([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << N); });
   }
+  template <int N>
+  static I shift_right(const I& a) {
+    return imap([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> N); });
+  }
+  static I imul(const I& a, const I& b) {
+    return imap([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) * static_cast<uint32_t>(b.v[i])); });
+  }
+  static I iand(const I& a, const I& b) {
+    return imap([&](int i) { return a.v[i] & b.v[i]; });
+  }
+  static I ior(const I& a, const I& b) {
+    return imap([&](int i) { return a.v[i] | b.v[i]; });
+  }
+  static I ixor(const I& a, const I& b) {
+    return imap([&](int i) { return a.v[i] ^ b.v[i]; });
+  }
+  static I bits_of(const F& x) {
+    I r;
+    std::memcpy(r.v, x.v, 64);
+    return r;
+  }
+  static F float_of(const I& x) {
+    F r;
+    std::memcpy(r.v, x.v, 64);
+    return r;
+  }
   static I set1_i32(int32_t x) {
     return imap([=](int) { return x; });
+  }
+  // 64 bits, each as a byte of 2 or 0
+  static I twos(const uint8_t* p) {
+    uint8_t b[64];
+    for (int i = 0; i < 64; ++i) b[i] = static_cast<uint8_t>((p[i / 8] >> i % 8 & 1) * 2);
+    return load_bytes(b);
   }
   static I low_nibbles(const I& x) {
     return bytes(x, [](uint8_t b) { return static_cast<uint8_t>(b & 15); });

@@ -86,7 +86,8 @@ class SparsityPlan:
             rules = self.rules(axis)
             layers = {rule.layer for rule in rules}
             where = "all layers" if None in layers else f"{len(layers)} layer{'s' * (len(layers) != 1)}"
-            parts += [f"{axis} in {where}"] if rules else []
+            name = axis if axis == "head" else f"{axis} in {where}"
+            parts += [name] if rules else []
         return ", ".join(parts) or None
 
     def require_axes(self, known: Collection[str]) -> None:

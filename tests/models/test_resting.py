@@ -11,7 +11,7 @@ import pytest
 from fallow.errors import FallowError
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.config import ModelConfig
-from fallow.models.resting import PageRule, Resting, resting
+from fallow.models.resting import PageRule, Resting, ScreenRule, resting, screen_rule
 from fallow.plan import LayerRule, SparsityPlan
 
 NUMBERS = {"sink_pages": 1, "recent_pages": 2, "top_pages": 3}
@@ -96,6 +96,38 @@ def test_neurons_that_cannot_rest_are_a_sentence(
     assert "\n" not in str(error.value)
 
 
+def screen(rank: float = 16, candidates: float = 64, **place: Any) -> LayerRule:
+    return LayerRule("screen", parameters={"rank": rank, "candidates": candidates}, **place)
+
+
+def test_a_head_is_screened(config: ModelConfig) -> None:
+    assert screen_rule(SparsityPlan.dense(), config) is None
+    assert screen_rule(SparsityPlan(head=(screen(),)), config) == ScreenRule(64)
+    assert resting(SparsityPlan(head=(screen(),)), config) == [Resting()] * config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("rules", "changes", "message"),
+    [
+        ([screen(), screen()], {}, "must have one rule"),
+        ([screen(layer=0)], {}, "without a layer"),
+        ([screen(target="lm_head")], {}, "without a layer or a target"),
+        ([screen(rank=8)], {}, "a rank of 8"),
+        ([screen(candidates=0)], {}, "candidates of the head are 0"),
+        ([screen(candidates=1.5)], {}, "candidates of the head is 1.5"),
+        ([screen(candidates=2**31)], {}, "below 2^31"),
+        ([screen()], {"hidden_size": 48}, "multiple of 32"),
+    ],
+)
+def test_heads_that_cannot_be_screened_are_a_sentence(
+    config: ModelConfig, rules: list[LayerRule], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FallowError) as error:
+        screen_rule(SparsityPlan(head=tuple(rules)), replace(config, **changes))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_an_axis_that_nothing_can_run_yet_is_refused(config: ModelConfig) -> None:
-    with pytest.raises(FallowError, match="axis head"):
-        resting(SparsityPlan(head=(LayerRule("screen", parameters={"rank": 8, "candidates": 64}),)), config)
+    with pytest.raises(FallowError, match="axis input"):
+        resting(SparsityPlan(input=(LayerRule("threshold", 0, "o_proj", {"threshold": 0.1}),)), config)

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import random
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from fallow.engine.engine import Engine
 from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError
 from fallow.models.checkpoint import open_checkpoint
+from fallow.models.head_screen import SCREEN_FILE
 from fallow.models.info import describe
 from fallow.plan import SparsityPlan
 from fallow.sparsification.run import SparsifyResult, sparsify
 from fallow.sparsification.text import cut, written_by
+from fallow.sparsification.vocabulary import head_rules
 
 CONTEXT = 640
 
@@ -38,6 +41,7 @@ def result(smollm2_gguf: Path, text: Path, tmp_path_factory: pytest.TempPathFact
 def test_a_plan_within_the_budget(result: SparsifyResult) -> None:
     found = result.found
     assert not found.plan.is_dense
+    assert found.plan.head == head_rules()
     assert found.perplexity_ratio <= 1.02
     assert found in result.frontier
     assert 0.1 < found.resting < 0.9
@@ -61,7 +65,12 @@ def test_the_folder_is_the_model_with_its_plan(result: SparsifyResult, smollm2_g
         with Engine(model, plan=plan) as engine:
             return [entry.logprob for entry in engine.generate([prompt], params)[0].outputs[0].logprobs]
 
-    assert answer(result.folder, None) == answer(smollm2_gguf, result.found.plan) != answer(smollm2_gguf, None)
+    # What lies beside the weights screens the head, which changes no log-probability.
+    assert (result.folder / SCREEN_FILE).is_file()
+    pages = replace(result.found.plan, head=None)
+    assert answer(result.folder, None) == answer(smollm2_gguf, pages) != answer(smollm2_gguf, None)
+    with pytest.raises(FallowError, match="make the plan again"):
+        answer(smollm2_gguf, result.found.plan)
 
 
 def test_what_cannot_be_done_is_a_sentence_and_nothing_is_written(

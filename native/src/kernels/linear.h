@@ -4,6 +4,7 @@
 // does not depend on what else is in the batch. Limit: one 64-byte integer dot product a cycle and core.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <type_traits>
 
@@ -31,6 +32,8 @@ inline void with_rows(int rows, const F& f) {
     with_rows<S, ROWS - 1>(rows, f);
   }
 }
+
+using TilePair = std::array<int, 2>;
 
 // The pointers of one register tile: MR rows of activations by NR tiles of sixteen weight rows.
 struct TileSource {
@@ -201,12 +204,12 @@ FALLOW_INLINE void bf16_tile(const TileSource& t, int in_pairs, typename S::F (&
 
 // Puts a register tile where it belongs. Column tiles beyond out_features are dropped.
 template <class S, int MR, int NR>
-FALLOW_INLINE void finish_tile(const LinearTask& task, int row, int tile, typename S::F (&acc)[MR][NR]) {
+FALLOW_INLINE void finish_tile(const LinearTask& task, int row, const TilePair& tile, typename S::F (&acc)[MR][NR]) {
   using F = typename S::F;
   if (task.bias != nullptr) {
 #pragma GCC unroll 2
     for (int n = 0; n < NR; ++n) {
-      const F b = S::load(task.bias + (tile + n) * lanes);
+      const F b = S::load(task.bias + tile[n] * lanes);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) acc[m][n] = S::add(acc[m][n], b);
     }
@@ -216,7 +219,7 @@ FALLOW_INLINE void finish_tile(const LinearTask& task, int row, int tile, typena
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
         const F gate = activate<S>(acc[m][0], activation_of(task.epilogue));
-        S::store(task.out + (row + m) * task.out_stride + tile / 2 * lanes, S::mul(gate, acc[m][1]));
+        S::store(task.out + (row + m) * task.out_stride + tile[0] / 2 * lanes, S::mul(gate, acc[m][1]));
       }
     }
     return;
@@ -230,7 +233,7 @@ FALLOW_INLINE void finish_tile(const LinearTask& task, int row, int tile, typena
   }
 #pragma GCC unroll 2
   for (int n = 0; n < NR; ++n) {
-    const int column = (tile + n) * lanes;
+    const int column = tile[n] * lanes;
     const int width = std::min(lanes, task.weights->out_features - column);
     if (width <= 0) continue;
 #pragma GCC unroll 8
@@ -248,7 +251,7 @@ FALLOW_INLINE void finish_tile(const LinearTask& task, int row, int tile, typena
 }
 
 template <class S, int MR, Codes CODES, int GROUP, Scales SC, bool FETCH>
-FALLOW_NOINLINE void compute_tile(const LinearTask& task, TileSource& t, int row, int tile) {
+FALLOW_NOINLINE void compute_tile(const LinearTask& task, TileSource& t, int row, const TilePair& tile) {
   t.activations = task.activations + static_cast<size_t>(row) * t.stride;
   typename S::F acc[MR][2];
   if constexpr (CODES == Codes::bf16) {
@@ -261,7 +264,7 @@ FALLOW_NOINLINE void compute_tile(const LinearTask& task, TileSource& t, int row
 
 // All rows by a pair of tiles. The pair to come is fetched evenly over the register tiles, a cache line a step or more.
 template <class S, Codes CODES, int GROUP, Scales SC>
-inline void compute_rows(const LinearTask& task, TileSource& t, PageCursor& pages, int tile, int steps) {
+inline void compute_rows(const LinearTask& task, TileSource& t, PageCursor& pages, const TilePair& tile, int steps) {
   const size_t pair_bytes = 2 * task.weights->tile_bytes;
   const size_t steps_in_all = static_cast<size_t>(steps) * ((task.rows + S::max_rows - 1) / S::max_rows);
   t.fetch = ActivationFormat::align((pair_bytes + steps_in_all - 1) / steps_in_all);
@@ -312,10 +315,13 @@ void linear_tiles(const LinearTask& task, int begin, int end, uint8_t* scratch) 
   // Widening pays once the codes are used by more than one register tile.
   const bool widen = CODES == Codes::q4 && task.rows > 6 * S::max_rows;
   PageCursor pages(task.ahead, steps, (end - begin) / 2 * ((task.rows + S::max_rows - 1) / S::max_rows));
-  for (int tile = begin; tile < end; tile += 2) {
-    t.next = w.tile(tile + 4);
+  for (int i = begin; i < end; i += 2) {
+    const bool all = task.tiles == nullptr;
+    const TilePair tile{all ? i : task.tiles[i], all ? i + 1 : task.tiles[i + 1]};
+    // Of a list the next pair but one is seldom in one piece: what follows its first tile is fetched in vain.
+    t.next = w.tile(all ? i + 4 : task.tiles[std::min(i + 4, end - 2)]);
     for (int n = 0; n < 2; ++n) {
-      const uint8_t* p = w.tile(tile + n);
+      const uint8_t* p = w.tile(tile[n]);
       t.codes[n] = p;
       t.scales[n] = p + w.scales_at;
       t.weight_pairs[n] = p + w.pairs_at;
@@ -333,7 +339,7 @@ void linear_tiles(const LinearTask& task, int begin, int end, uint8_t* scratch) 
   }
 }
 
-// Tiles [begin, end) of the weights, begin even. `scratch`: 32 bytes a column.
+// Tiles [begin, end) of the weights, or of the list of them; begin even. `scratch`: 32 bytes a column.
 template <class S>
 void linear(const LinearTask& task, int begin, int end, uint8_t* scratch) {
   const PackedLinear& w = *task.weights;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -32,14 +33,20 @@ def evaluate(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Perplexity of MODEL on TEXT, or how often it finds a needle."""
+    """Perplexity of MODEL on TEXT and, where it has a plan, how far that takes it from the dense model; or how often
+    it finds a needle."""
     if text == NEEDLE and not Path(text).exists():
         _find_needles(model, context, trials, precision, threads, json)
-        return
+    else:
+        _score(model, text, window, precision, threads, json)
+
+
+def _score(model: str, text: str, window: int, precision: Precision, threads: Threads, json: bool) -> None:
     content = read_text(text)
 
     from fallow.engine.runner import ModelRunner
-    from fallow.evaluate.perplexity import perplexity
+    from fallow.evaluate.divergence import divergence
+    from fallow.evaluate.perplexity import perplexity, token_windows
     from fallow.models.checkpoint import open_checkpoint
     from fallow.models.rope import longest_context
     from fallow.models.tokenizer import load_tokenizer
@@ -51,20 +58,25 @@ def evaluate(
         tokenizer.check_vocabulary(checkpoint.config.vocab_size, model)
         longest = min(window, longest_context(checkpoint.config.rope, checkpoint.config.max_position_embeddings))
         pages = -(-longest // ModelRunner.page_size)
-        runner = ModelRunner(
-            checkpoint, precision=precision, threads=threads, num_pages=pages, plan=SparsityPlan.beside(path)
-        )
-    try:
-        with progress(unit="tokens") as bar:
-            result = perplexity(runner, tokenizer, content, window=window, progress=bar)
-    finally:
-        runner.close()
+        plan = SparsityPlan.beside(path) or SparsityPlan.dense()
+
+        def runner_of(plan: SparsityPlan) -> ModelRunner:
+            return ModelRunner(checkpoint, precision=precision, threads=threads, num_pages=pages, plan=plan)
+
+        runner = runner_of(plan)
+    kl_to_dense = None
+    with closing(runner), progress(unit="tokens") as bar:
+        result = perplexity(runner, tokenizer, content, window=window, progress=bar)
+        if not plan.is_dense:
+            windows = token_windows(tokenizer, content, window=min(window, runner.max_context))
+            with closing(runner_of(SparsityPlan.dense())) as dense:
+                kl_to_dense = divergence(dense, runner, windows, progress=bar)
     fields = {"model": model, "text": text, "tokens": result.tokens}
     fields |= {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
     if json:
-        print_json({**fields, "kl_to_dense": None, "accuracy": None})
+        print_json({**fields, "kl_to_dense": kl_to_dense, "accuracy": None})
     else:
-        print_fields(fields)
+        print_fields(fields if kl_to_dense is None else {**fields, "kl_to_dense": kl_to_dense})
 
 
 def _find_needles(

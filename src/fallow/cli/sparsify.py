@@ -27,7 +27,8 @@ def sparsify(
 ) -> None:
     """Find what may rest in MODEL within a budget of quality, and write the model with its plan.
 
-    Of a plan's axes this finds one so far: which pages of the KV cache each KV head reads.
+    Of a plan's axes this finds two so far: which pages of the KV cache each KV head reads, and a screen that tells
+    which words of the vocabulary are worth computing.
     """
     share = _share(budget)
     path = fetch(model)

@@ -1,8 +1,8 @@
 """A decoder laid out as a native program: which operations run on which buffers, once for every step.
 
 A new architecture is another function here. A plan's axis ``attention`` is part of the attention operation, ``ffn``
-another feed-forward network. Where the others will go: ``input`` at any linear, ``head`` at the last one, ``structure``
-in the shapes that the checkpoint brings.
+another feed-forward network, ``head`` another head. Where the others will go: ``input`` at any linear, ``structure`` in
+the shapes that the checkpoint brings.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fallow import _native
-from fallow.arrays import Bytes
+from fallow.arrays import Bytes, Float32
 from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize
+from fallow.models.head_screen import DIRECTIONS, HeadScreen, row_blocks
 from fallow.models.quantize import quantize_q4_1, quantize_q8_0
-from fallow.models.resting import PageRule, Resting
+from fallow.models.resting import PageRule, Resting, ScreenRule
 from fallow.models.rope import rope_table
 from fallow.models.tensors import Checkpoint, RawTensor, TensorType
 
 _GATES = {"silu": "silu_gate", "gelu_tanh": "gelu_gate", "relu": "relu_gate"}
 """Activations of a gate, and the epilogues of a linear that apply them."""
+TILE_ROWS = 16  # of a matrix are computed together
 
 
 @dataclass
@@ -38,6 +40,8 @@ class ProgramBuilder:
     checkpoint: Checkpoint
     precision: str
     rests: list[Resting]
+    screen: ScreenRule | None = None
+    head_screen: HeadScreen | None = None
     report: dict[str, str] = field(default_factory=dict)
 
     def vector(self, name: str) -> int:
@@ -75,6 +79,19 @@ class ProgramBuilder:
             self.report[tensor.name] = f"{tensor.type.name} as {precision}, by neuron"
         *ups, downs = [(tensor.type.name, np.ascontiguousarray(tensor.read())) for tensor in tensors]
         return self.program.neuron_weights(ups[0] if ups else None, downs, count, precision=precision)
+
+    def signs(self, screen: HeadScreen) -> int:
+        """Packs the screen's view of the head's rows."""
+        head = self.checkpoint.head
+        signs = _native.Signs(*head.shape)
+        first = 0
+        for rows in row_blocks(head):
+            along, rest = screen.parts(rows)
+            deviations = screen.deviations[first : first + len(rows)]
+            signs.put_rows(first, np.ascontiguousarray(along), _padded(rest, axis=1), deviations)
+            first += len(rows)
+        self.report["head_screen"] = "signs"
+        return self.program.signs(signs)
 
     def packs_together(self, names: list[str]) -> bool:
         """Whether tensors may share one packed matrix: stored alike, or all converted to the same."""
@@ -141,15 +158,41 @@ class DecoderProgram:
                 program.mix(self._x if layer else first, first, self._x, keep=keep, again=again)
             self._attention(layer)
             self._feed_forward(layer)
+        self._head(table)
+
+    def _head(self, table: int) -> None:
+        config, program, builder = self._config, self._program, self._builder
         head = table if config.tie_word_embeddings else builder.weights(["lm_head"], asymmetric=True, vocabulary=True)
         logits = program.buffer(config.vocab_size)
-        norm = builder.vector("norm")
-        activations = program.activations_for(head)
-        program.norm_quantise(self._x, norm, [activations], config.rms_norm_eps)
-        program.linear(activations, head, logits)
-        if config.logit_softcap is not None:
-            program.soft_cap(logits, config.logit_softcap)
+        if builder.screen is not None and builder.head_screen is not None:
+            self._screened_head(builder.screen, builder.head_screen, head, logits)
+        else:
+            activations = program.activations_for(head)
+            program.norm_quantise(self._x, builder.vector("norm"), [activations], config.rms_norm_eps)
+            program.linear(activations, head, logits)
+            if config.logit_softcap is not None:
+                program.soft_cap(logits, config.logit_softcap)
         program.finish(logits)
+
+    def _screened_head(self, rule: ScreenRule, screen: HeadScreen, head: int, logits: int) -> None:
+        """Approximate logits of all tokens, and exact ones of those that may be chosen."""
+        config, program, builder = self._config, self._program, self._builder
+        whole = program.activations_for(head)
+        first, others = screen.projection[:DIRECTIONS], _padded(screen.projection[DIRECTIONS:], axis=0)
+        turns = [program.weights([_floats(rows)], config.hidden_size, precision="q8") for rows in (first, others)]
+        turned = program.activations_for(turns[0])
+        coordinates = [program.buffer(DIRECTIONS), program.buffer(config.hidden_size)]
+        rounded = [program.rounded(DIRECTIONS, group=DIRECTIONS), program.rounded(config.hidden_size, group=32)]
+        program.norm_quantise(self._x, builder.vector("norm"), [whole, turned], config.rms_norm_eps)
+        for weights, buffer in zip(turns, coordinates, strict=True):
+            program.linear(turned, weights, buffer)
+        for buffer, activations in zip(coordinates, rounded, strict=True):
+            program.quantise(buffer, activations)
+        cap = config.logit_softcap or 0.0
+        along, rest = rounded
+        program.screen(along, rest, builder.signs(screen), logits, cap=cap)
+        program.shortlist(logits, tiles=-(-rule.candidates // TILE_ROWS))
+        program.rescore(whole, head, logits, cap=cap)
 
     def _attention(self, layer: int) -> None:
         config, program, builder = self._config, self._program, self._builder
@@ -298,6 +341,17 @@ class DecoderProgram:
             for tensor, n in zip(tensors, rows, strict=True)
         ]
         return self._program.vector(np.concatenate(values).astype(np.float32))
+
+
+def _floats(values: Float32) -> tuple[str, Bytes]:
+    """A matrix as a source of weights."""
+    return "F32", np.ascontiguousarray(values, np.float32).view(np.uint8)
+
+
+def _padded(values: Float32, axis: int) -> Float32:
+    """With zeros for the directions that are kept in 8 bits, so that there are whole groups of signs."""
+    widths = [(0, DIRECTIONS if side == axis else 0) for side in range(2)]
+    return np.ascontiguousarray(np.pad(values, widths), np.float32)
 
 
 Layout = Callable[[ProgramBuilder, int], object]

@@ -13,7 +13,8 @@ from fallow.arrays import Float32, Int32
 from fallow.engine.batch import SAMPLING_DTYPE, StepBatch, StepResult
 from fallow.engine.program import ProgramBuilder, layout_of
 from fallow.errors import FallowError, ModelFileError
-from fallow.models.resting import resting
+from fallow.models.head_screen import HeadScreen
+from fallow.models.resting import resting, screen_rule
 from fallow.models.rope import longest_context
 from fallow.models.tensors import Checkpoint
 from fallow.plan import SparsityPlan
@@ -32,7 +33,8 @@ class ModelRunner:
     """One model, its KV cache and its threads. One step at a time, from one thread at a time.
 
     ``threads``: ``None`` takes the physical cores that the process may use. ``num_pages`` pages of ``page_size``
-    tokens hold the keys and values; memory is taken as pages are first written. ``plan`` says what rests. ``isa``
+    tokens hold the keys and values; memory is taken as pages are first written. ``plan`` says what rests;
+    ``head_screen`` is what lies beside the weights, where the plan screens the head and nothing else is given. ``isa``
     chooses the instruction set (tests; the best that the CPU runs otherwise).
 
     Raises ``ModelFileError`` for a checkpoint, ``FallowError`` for an option that cannot be served.
@@ -50,6 +52,7 @@ class ModelRunner:
         max_step_tokens: int = 512,
         max_step_sequences: int = 64,
         plan: SparsityPlan | None = None,
+        head_screen: HeadScreen | None = None,
         isa: str | None = None,
     ) -> None:
         if precision not in PRECISIONS:
@@ -78,8 +81,11 @@ class ModelRunner:
                 num_pages=num_pages,
                 max_positions=self.max_context,
             )
-            rests = resting(plan or SparsityPlan.dense(), config)
-            builder = ProgramBuilder(self._program, checkpoint, precision, rests)
+            plan = plan or SparsityPlan.dense()
+            rests, rule = resting(plan, config), screen_rule(plan, config)
+            if rule is not None:
+                head_screen = head_screen or HeadScreen.beside(checkpoint)
+            builder = ProgramBuilder(self._program, checkpoint, precision, rests, rule, head_screen)
             layout_of(config)(builder, self.max_context)
             self._program.centre(_centring_tokens(config.vocab_size, min(self.page_size, self.max_context)))
         except FallowError:
@@ -99,6 +105,17 @@ class ModelRunner:
     @property
     def weight_bytes(self) -> int:
         return int(self._program.weight_bytes)
+
+    @property
+    def head_counts(self) -> tuple[int, int, int]:
+        """So far, where the head is screened: tokens chosen so, tiles of the head computed for them (of 16 rows each),
+        and tokens for which the shortlist was not enough."""
+        return self._program.head_counts
+
+    def head_tiles(self, row: int, *, shortlist: bool = False) -> list[int]:
+        """The tiles of the head (16 rows each) that the last step computed for one of its logit rows, or those of its
+        shortlist alone."""
+        return self._program.head_tiles(row, shortlist=shortlist)
 
     def step(self, batch: StepBatch) -> StepResult:
         """Computes one step and samples a token for each of its logit rows. Releases the interpreter lock."""
@@ -120,7 +137,12 @@ class ModelRunner:
 
     def logits(self, tokens: npt.ArrayLike, *, chunk: int = 512) -> Float32:
         """Logits after each token, float32 ``[T, vocab]``. Uses the pages from 0 on: not beside ``step``."""
-        return np.concatenate([self._program.logits(rows) for rows, _ in self._passes(tokens, chunk)])
+        return np.concatenate(list(self.logit_blocks(tokens, chunk=chunk)))
+
+    def logit_blocks(self, tokens: npt.ArrayLike, *, chunk: int = 512) -> Iterator[Float32]:
+        """The same, some rows at a time."""
+        for rows, _ in self._passes(tokens, chunk):
+            yield self._program.logits(rows)
 
     def score(self, tokens: npt.ArrayLike, *, chunk: int = 512) -> Float32:
         """Log-probability of each token after the first, float32 ``[T - 1]``. Not beside ``step``, as ``logits``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,13 +13,12 @@ from fallow.arrays import Float32
 from fallow.errors import FallowError
 from fallow.evaluate.text import undo_wikitext_marks
 from fallow.models.tokenizer import Tokenizer
+from fallow.terminal import Progress
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
 DEFAULT_WINDOW = 1024
-
-Progress = Callable[[str, int, int | None], None]
 
 
 class Scorer(Protocol):

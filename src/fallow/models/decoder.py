@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fallow.models.attention import blocks_are_faster, causal_attention
 from fallow.models.config import ModelConfig
 from fallow.models.page_choice import attention_to_chosen_pages
-from fallow.models.resting import Resting, resting
+from fallow.models.resting import Resting, resting, screen_rule
 from fallow.models.rope import rope_table
 from fallow.plan import SparsityPlan
 
@@ -190,7 +190,9 @@ class Decoder(nn.Module):
                     parameter.normal_(0.0, std, generator=generator)
 
     def obey(self, plan: SparsityPlan) -> None:
-        """Let rest what ``plan`` says, in place of any plan before. Raises ``FallowError`` where it does not fit."""
+        """Let rest what ``plan`` says, in place of any plan before; how it screens the head changes no logits. Raises
+        ``FallowError`` where it does not fit."""
+        screen_rule(plan, self.config)
         for layer, rests in zip(self.layers, resting(plan, self.config), strict=True):
             assert isinstance(layer, Layer)
             layer.rests = rests

@@ -128,10 +128,10 @@ def describe(checkpoint: Checkpoint, *, precision: str = "auto", plan: SparsityP
     tables = [t for t in tensors.values() if _part(t.name) in TABLES]
     matrices = [t for t in tensors.values() if _is_matrix(t) and (t.name == head or t not in tables)]
     numbers = [t for t in tensors.values() if not _is_matrix(t)]
-    read = sum(_held_bytes(t, precision, is_head=t.name == head) for t in matrices)
+    read = sum(held_bytes(t, precision, is_head=t.name == head) for t in matrices)
     read += sum(4 * t.elements for t in numbers)
     # Of each table the row of the token itself.
-    read += sum(_held_bytes(t, precision, is_head=False) // config.vocab_size for t in tables)
+    read += sum(held_bytes(t, precision, is_head=False) // config.vocab_size for t in tables)
     windows = [window for window in config.layer_windows if window is not None]
     path = checkpoint.path
     return ModelInfo(
@@ -170,7 +170,8 @@ def _is_matrix(tensor: RawTensor) -> bool:
     return len(tensor.shape) == 2 and tensor.name != "residual_mixes"
 
 
-def _held_bytes(tensor: RawTensor, precision: str, *, is_head: bool) -> int:
+def held_bytes(tensor: RawTensor, precision: str, *, is_head: bool) -> int:
+    """Of a matrix in the form in which the engine holds it; ``is_head``: with what the head has beside it."""
     form = engine_form(tensor.type, precision, vocabulary=_part(tensor.name) in VOCABULARY)
     extra = form.head_bits if is_head else 0.0
     return int(tensor.elements * (form.bits + extra) / 8)

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from fallow.errors import FallowError, ModelFileError
 from fallow.models.config import ModelConfig
+from fallow.models.head_screen import DIRECTIONS
 from fallow.plan import LayerRule, SparsityPlan
 
-AXES = ("ffn", "attention")
+AXES = ("ffn", "attention", "head")
 """What the reference and the engine can let rest."""
 _KV_HEAD = "kv_head."
 _LANES = 16  # the engine computes hidden states so many at a time
+_SIGN_GROUP = 32  # columns of the head whose signs the engine keeps together
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,14 @@ class Resting:
     neurons: float | None = None
 
 
+@dataclass(frozen=True)
+class ScreenRule:
+    """How the head is screened: of the tokens that look most likely, ``candidates`` are computed at once, and further
+    ones where the choice needs them."""
+
+    candidates: int
+
+
 def resting(plan: SparsityPlan, config: ModelConfig) -> list[Resting]:
     """Of each layer what rests. Raises ``ModelFileError`` where the plan does not fit the model, ``FallowError`` where
     it has another axis or rule than can be run."""
@@ -45,6 +55,30 @@ def resting(plan: SparsityPlan, config: ModelConfig) -> list[Resting]:
                 )
     pages, neurons = _page_rules(plan, config), _neuron_thresholds(plan, config)
     return [Resting(*layer) for layer in zip(pages, neurons, strict=True)]
+
+
+def screen_rule(plan: SparsityPlan, config: ModelConfig) -> ScreenRule | None:
+    """How the head is screened; None where it is not. It changes no logits: a token is the one that the whole head
+    would choose. Raises as ``resting`` does."""
+    rules = plan.rules("head")
+    if not rules:
+        return None
+    if len(rules) > 1 or rules[0].layer is not None or rules[0].target is not None:
+        raise ModelFileError("The plan's axis head must have one rule, without a layer or a target.")
+    rank, candidates = (_whole(None, rules[0], name) for name in ("rank", "candidates"))
+    if rank != DIRECTIONS:
+        raise FallowError(
+            f"The plan screens the head with a rank of {rank}, but this version of fallow has screens of {DIRECTIONS}: "
+            "make the plan again."
+        )
+    if candidates < 1:
+        raise ModelFileError("The plan's candidates of the head are 0: at least 1 token is computed.")
+    if config.hidden_size % _SIGN_GROUP:
+        raise FallowError(
+            f"The plan screens the head, but the hidden size is {config.hidden_size}, which must be a multiple of "
+            f"{_SIGN_GROUP} for that: use the model without the plan."
+        )
+    return ScreenRule(candidates)
 
 
 def _layers(rule: LayerRule, config: ModelConfig) -> range:
@@ -133,8 +167,9 @@ def _page_rule(layer: int, rules: dict[int, LayerRule], heads: int) -> PageRule 
     return PageRule(sink_pages, recent_pages, tuple(_whole(layer, rules[head], "top_pages") for head in range(heads)))
 
 
-def _whole(layer: int, rule: LayerRule, name: str) -> int:
+def _whole(layer: int | None, rule: LayerRule, name: str) -> int:
     number = rule.parameters[name]
     if number != int(number) or number >= 2**31:
-        raise ModelFileError(f"The plan's {name} of layer {layer} is {number}: it must be a whole number below 2^31.")
+        where = "the head" if layer is None else f"layer {layer}"
+        raise ModelFileError(f"The plan's {name} of {where} is {number}: it must be a whole number below 2^31.")
     return int(number)

@@ -83,3 +83,8 @@ class Checkpoint:
     format: str  # "gguf" or "safetensors"
     config: ModelConfig
     tensors: Mapping[str, RawTensor]
+
+    @property
+    def head(self) -> RawTensor:
+        """The matrix of the logits, ``[vocab, hidden]``."""
+        return self.tensors["embed_tokens" if self.config.tie_word_embeddings else "lm_head"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fallow.engine.runner import ModelRunner, Precision
+from fallow.models.head_screen import HeadScreen
 from fallow.models.tensors import Checkpoint
 from fallow.plan import SparsityPlan
 from fallow.sparsification.plans import Load
@@ -20,9 +21,11 @@ _TURNS = 3  # in which the dense model and the plan are timed
 
 @dataclass(frozen=True)
 class Judge:
-    """The engine over ``checkpoint``, judging on ``windows`` of token ids, each of ``load.context`` tokens."""
+    """The engine over ``checkpoint`` and the screen of its head, judging on ``windows`` of token ids, each of
+    ``load.context`` tokens."""
 
     checkpoint: Checkpoint
+    head_screen: HeadScreen | None
     windows: Sequence[Sequence[int]]
     load: Load
     precision: Precision
@@ -63,4 +66,5 @@ class Judge:
             num_pages=sequences * pages_of(self.load.context),
             max_step_sequences=sequences,
             plan=plan,
+            head_screen=self.head_screen,
         )

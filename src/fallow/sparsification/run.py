@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fallow.arrays import Float64
+from fallow.arrays import Float64, Int64
 from fallow.engine.engine import Engine
 from fallow.engine.runner import ModelRunner, Precision
 from fallow.errors import FallowError
 from fallow.files import decoded, replacing_folder
 from fallow.models.checkpoint import open_checkpoint
+from fallow.models.decoder import Decoder
 from fallow.models.decoder_weights import load_decoder
+from fallow.models.head_screen import SCREEN_FILE, HeadScreen
 from fallow.models.info import describe
 from fallow.models.rope import longest_context
 from fallow.models.store import resolve
@@ -31,7 +33,8 @@ from fallow.sparsification.page_prices import page_errors
 from fallow.sparsification.plans import Load, PageChoices
 from fallow.sparsification.sensitivity import sensitivities
 from fallow.sparsification.solve import choose
-from fallow.sparsification.text import Windows, cut, written_by
+from fallow.sparsification.text import Windows, cut, texts_of, written_by
+from fallow.sparsification.vocabulary import OWN_TEXTS, fit_screen, head_rules, screens_head, spared_bytes
 from fallow.terminal import Progress
 
 _MOST_TRIES = 6
@@ -107,12 +110,15 @@ def sparsify(
     choices = PageChoices.of(checkpoint.config, Load(batch, context))
     if not choices.places:
         raise FallowError("Every layer of the model has a window of its own: no pages can rest.")
-    if text is None:
-        on_note("The model writes the text that it is calibrated on.")
-        with Engine(path, precision=precision, threads=threads, plan=SparsityPlan.dense()) as engine:
-            source, windows = "text of its own", written_by(engine, context)
-    else:
+    screens = screens_head(checkpoint, choices.load)
+    source, own_texts = "text of its own", []
+    if text is not None:
         source, windows = Path(text).name, _windows_of(path, Path(text), context)
+    if text is None or screens:
+        on_note("The model writes text that it is calibrated on.")
+        with Engine(path, precision=precision, threads=threads, plan=SparsityPlan.dense()) as engine:
+            windows = written_by(engine, context) if text is None else windows
+            own_texts = texts_of(engine, *OWN_TEXTS, seed=1) if screens else []
     provenance = {
         "made_by": "fallow sparsify",
         "calibrated_on": source,
@@ -120,33 +126,50 @@ def sparsify(
         "load": f"batch {batch}, context {context}",
         "weights": _digest(checkpoint),
     }
-    prices = _prices(checkpoint, windows.calibrated, choices, progress)
+    decoder = load_decoder(checkpoint, context=context).eval().requires_grad_(False)
+    prices = _prices(decoder, windows.calibrated, choices, progress)
+    head_screen = fit_screen(decoder, checkpoint, [*windows.calibrated, *own_texts]) if screens else None
+    del decoder
     weights = describe(checkpoint, precision=precision).bytes_per_token
-    judge = Judge(checkpoint, windows.verified, choices.load, precision, threads, progress)
+    cost = Cost(choices, weights, spared_bytes(checkpoint, precision) if screens else 0.0)
+    judge = Judge(checkpoint, head_screen, windows.verified, choices.load, precision, threads, progress)
     # What training has brought to rest stays at rest.
     beside = SparsityPlan.beside(path) or SparsityPlan.dense()
-    start = replace(beside, attention=None, provenance=provenance)
-    frontier = _search(judge, choices, prices, weights, budget, start, on_note)
+    start = replace(beside, attention=None, head=head_rules() if screens else None, provenance=provenance)
+    frontier = _search(judge, cost, prices, budget, start, on_note)
     within = [point for point in frontier if point.perplexity_ratio <= 1 + budget]
-    found = max(within, key=lambda point: point.speedup, default=Point(0.0, 1.0, 1.0, start))
+    alone = Point(0.0, 1.0, cost.speedup(choices.dense), start)
+    found = max(within, key=lambda point: point.speedup, default=alone)
     measured = judge.speedup(found.plan)
-    _write(checkpoint, found.plan, folder)
+    _write(checkpoint, found.plan, head_screen, folder)
     ordered = tuple(sorted(frontier, key=lambda point: point.resting))
     return SparsifyResult(str(model), folder, choices.load, found, measured, ordered)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a step of decoding reads: the pages of a choice, and weights, of which a plan spares some of the head's."""
+
+    choices: PageChoices
+    weights: int
+    spared: float
+
+    def speedup(self, chosen: Int64) -> float:
+        dense = self.weights + self.choices.bytes_of(self.choices.dense)
+        return dense / (self.weights - self.spared + self.choices.bytes_of(chosen))
+
+
 def _search(  # noqa: PLR0917
     judge: Judge,
-    choices: PageChoices,
+    cost: Cost,
     prices: Float64,
-    weights: int,
     budget: float,
     start: SparsityPlan,
     on_note: Callable[[str], None],
 ) -> list[Point]:
     """Plans whose measured perplexity comes nearer and nearer to the budget: prices say which parts are cheap, but what
     all of them cost together is measured."""
-    dense_bytes = weights + choices.bytes_of(choices.dense)
+    choices = cost.choices
     dense_nll = judge.nll(SparsityPlan.dense())
     allowed = math.log1p(budget)
     price = allowed
@@ -155,8 +178,7 @@ def _search(  # noqa: PLR0917
         chosen = choose(prices, choices.bytes_read, price)
         plan = replace(start, attention=choices.rules(chosen))
         excess = judge.nll(plan) - dense_nll
-        speedup = dense_bytes / (weights + choices.bytes_of(chosen))
-        points.append(Point(choices.resting(chosen), math.exp(excess), speedup, plan))
+        points.append(Point(choices.resting(chosen), math.exp(excess), cost.speedup(chosen), plan))
         on_note(f"{points[-1].resting:.1%} of the keys and values rest: perplexity {math.expm1(excess):+.2%}")
         if _CLOSE * allowed <= excess <= allowed or plan.attention is None:
             break
@@ -179,11 +201,8 @@ def _windows_of(model: Path, text: Path, context: int) -> Windows:
     return cut(ids, context, str(text))
 
 
-def _prices(
-    checkpoint: Checkpoint, windows: Sequence[Sequence[int]], choices: PageChoices, progress: Progress
-) -> Float64:
+def _prices(decoder: Decoder, windows: Sequence[Sequence[int]], choices: PageChoices, progress: Progress) -> Float64:
     """Nats a token of each choice, ``[places, choices]``; the last one, of all pages, costs none."""
-    decoder = load_decoder(checkpoint, context=choices.load.context).eval().requires_grad_(False)
     weighed = sensitivities(decoder, windows, torch.Generator().manual_seed(0))
     nats = (page_errors(decoder, windows, progress=progress) * weighed[:, None, None]).numpy()
     rows = np.array([nats[layer, head] for layer, head in choices.places])
@@ -199,12 +218,14 @@ def _digest(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def _write(checkpoint: Checkpoint, plan: SparsityPlan, folder: Path) -> None:
-    """The model's files and the plan; the folder is complete or not there."""
+def _write(checkpoint: Checkpoint, plan: SparsityPlan, head_screen: HeadScreen | None, folder: Path) -> None:
+    """The model's files, the plan and what it needs; the folder is complete or not there."""
     source = checkpoint.path
     files = [source] if source.is_file() else [file for file in source.iterdir() if file.is_file()]
     with replacing_folder(folder) as partial:
         for file in files:
-            if file.name != FILE_NAME:
+            if file.name not in (FILE_NAME, SCREEN_FILE):
                 shutil.copyfile(file, partial / file.name)
         plan.save(partial / FILE_NAME)
+        if head_screen is not None:
+            head_screen.save(partial)

@@ -36,8 +36,12 @@ def cut(ids: list[int], context: int, source: str) -> Windows:
 
 def written_by(engine: Engine, context: int) -> Windows:
     """Windows that the model writes from the beginning of a text, at temperature 1."""
-    begin = engine.tokenizer.encode("") or [engine.tokenizer.bos_token_id or 0]
-    params = SamplingParams(n=2 * _WRITTEN, temperature=1.0, seed=0, max_tokens=context - len(begin), ignore_eos=True)
-    outputs = engine.generate([begin], params)[0].outputs
-    windows = [begin + list(output.token_ids) for output in outputs]
+    windows = texts_of(engine, 2 * _WRITTEN, context)
     return Windows(windows[:_WRITTEN], windows[_WRITTEN:])
+
+
+def texts_of(engine: Engine, count: int, length: int, *, seed: int = 0) -> list[list[int]]:
+    """So many texts of ``length`` tokens that the model writes at temperature 1."""
+    begin = engine.tokenizer.encode("") or [engine.tokenizer.bos_token_id or 0]
+    params = SamplingParams(n=count, temperature=1.0, seed=seed, max_tokens=length - len(begin), ignore_eos=True)
+    return [begin + list(output.token_ids) for output in engine.generate([begin], params)[0].outputs]

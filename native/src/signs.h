@@ -1,0 +1,45 @@
+// The rows of a head as a screen keeps them: along a few directions, where most of what logits vary by lies, in 8 bits;
+// along all others only signs, of which columns of zeros are padding. With them comes how far off a row's logit is: the standard deviation over some text.
+//
+// A tile holds sixteen rows (lanes are rows; those beyond the last are zero):
+//   codes       [4][16 rows][4]: c stands for code_step * (c - 128)
+//   signs       [in_features/32][8][16 rows]: a bit a column, 1 is positive; 4 bits a row, so that 8 bytes hold 4 columns
+//   scales      [16] bfloat16, of the signs
+//   deviations  [16] bfloat16; of rows beyond the last minus infinity
+#pragma once
+#include <cstdint>
+
+#include "memory.h"
+#include "packed.h"
+
+namespace fallow {
+
+struct PackedSigns {
+  static constexpr int directions = 16;
+  static constexpr int group = 32;
+  static constexpr float code_step = 1.f / 24.f;  // rows along a direction have a mean square of 1: codes reach 5.3
+
+  int out_features = 0;
+  int in_features = 0;  // a multiple of 32
+  int tiles = 0;
+  Memory memory;  // its own, until it is moved to an arena
+  uint8_t* data = nullptr;
+  size_t bytes = 0;
+
+  int groups() const { return in_features / group; }
+  static constexpr size_t codes_bytes = static_cast<size_t>(directions) * lanes;
+  static constexpr size_t group_bytes = static_cast<size_t>(group) * lanes / 8;
+  size_t scales_at() const { return codes_bytes + groups() * group_bytes; }
+  size_t deviations_at() const { return scales_at() + lanes * sizeof(uint16_t); }
+  size_t tile_bytes() const { return deviations_at() + lanes * sizeof(uint16_t); }
+  uint8_t* tile(int t) const { return data + static_cast<size_t>(t) * tile_bytes(); }
+  const uint16_t* deviations(int t) const { return reinterpret_cast<const uint16_t*>(tile(t) + deviations_at()); }
+
+  PackedSigns() = default;
+  PackedSigns(int out_features, int in_features);  // throws std::invalid_argument
+  // Rows [first, first + count): [count][directions], [count][in_features], [count]. Throws std::invalid_argument.
+  void put_rows(int first, int count, const float* along, const float* rest, const float* row_deviations);
+  void move_to(Arena& arena);
+};
+
+}  // namespace fallow

@@ -1,0 +1,48 @@
+"""The axis ``head``: a screen of the vocabulary, and what it makes a step of decoding read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fallow.models.decoder import Decoder
+from fallow.models.head_screen import DIRECTIONS, HeadScreen, mean_products
+from fallow.models.info import held_bytes
+from fallow.models.tensors import Checkpoint
+from fallow.plan import LayerRule
+from fallow.sparsification.plans import Load
+
+CANDIDATES = 768
+"""Tokens that are computed at once: few of a hundred choices need more, and they are 1.6% of 49,152."""
+OWN_TEXTS = (12, 512)
+"""How many texts of how many tokens the model writes for its screen: a basis needs more of them than it has
+directions, and what the model writes is what it chooses words after."""
+_MOST_SEQUENCES = 4
+"""A screen's signs cost as much arithmetic as the codes of the head do: it spares bytes, which count for few."""
+_LEAST_VOCABULARY = 16 * CANDIDATES  # below it the whole head is not much more
+
+
+def screens_head(checkpoint: Checkpoint, load: Load) -> bool:
+    """Whether a screen makes decoding ``load`` faster, and can be had."""
+    config = checkpoint.config
+    fits = config.hidden_size % 32 == 0 and config.vocab_size >= _LEAST_VOCABULARY
+    return fits and load.batch <= _MOST_SEQUENCES
+
+
+def fit_screen(decoder: Decoder, checkpoint: Checkpoint, windows: Sequence[Sequence[int]]) -> HeadScreen:
+    """The screen of a model's head for the hidden states that it has over ``windows`` of token ids."""
+    with torch.no_grad():
+        hidden = (decoder(torch.tensor(tokens)[None])[0].numpy() for tokens in windows)
+        return HeadScreen.fit(mean_products(hidden), checkpoint.head)
+
+
+def head_rules() -> tuple[LayerRule, ...]:
+    return (LayerRule("screen", parameters={"rank": DIRECTIONS, "candidates": CANDIDATES}),)
+
+
+def spared_bytes(checkpoint: Checkpoint, precision: str) -> float:
+    """What a step of one sequence reads less where the head is screened."""
+    vocab, hidden = checkpoint.head.shape
+    whole = held_bytes(checkpoint.head, precision, is_head=True)
+    return whole * (1 - CANDIDATES / vocab) - vocab * (DIRECTIONS + hidden / 8 + 4)  # codes, signs, two numbers
