@@ -267,16 +267,16 @@ def test_a_prompt_with_a_token_beyond_the_model_is_refused() -> None:
         assert engine.generate("what is it?", GREEDY)[0].outputs[0].token_ids
 
 
-SCREENED = SparsityPlan(head=(LayerRule("screen", parameters={"rank": 8, "candidates": 64}),))
+UNKNOWN = SparsityPlan(input=(LayerRule("threshold", 0, "o_proj", {"threshold": 0.1}),))
 
 
 def test_a_plan_that_cannot_be_run_is_refused() -> None:
     with pytest.raises(FallowError, match="cannot run"):
-        Engine(plan=SCREENED)
+        Engine(plan=UNKNOWN)
 
 
 def test_a_plan_beside_the_weights_counts(tmp_path: Path) -> None:
-    SCREENED.save(tmp_path / "plan.json")
+    UNKNOWN.save(tmp_path / "plan.json")
     with pytest.raises(FallowError, match="cannot run"):
         Engine(tmp_path)
 
