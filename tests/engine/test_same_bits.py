@@ -18,7 +18,7 @@ from fallow.engine.sampling import SamplingParams
 from fallow.models.checkpoint import open_checkpoint
 from fallow.plan import LayerRule, SparsityPlan
 
-REQUESTS = 64
+REQUESTS = 40
 MAX_NUM_SEQS = 12
 Written = dict[int, list[tuple[Any, ...]]]
 
