@@ -13,23 +13,22 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import NormalDist
 from typing import get_args
 
 import numpy as np
 import torch
+from step_parts import step_milliseconds
 
 from fallow.data.sources import open_source
-from fallow.engine import program
 from fallow.engine.program import DecoderProgram
-from fallow.engine.runner import ModelRunner, Precision
+from fallow.engine.runner import Precision
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.tensors import Checkpoint
 from fallow.models.tokenizer import load_tokenizer
 from fallow.plan import LayerRule, SparsityPlan
-from fallow.sparsification.timing import Decoding, pages_of
 from fallow.terminal import print_table
 from fallow.training.corpus import open_corpus
 from fallow.training.export import export_model
@@ -78,36 +77,18 @@ def main() -> None:
 def _row(
     checkpoint: Checkpoint, plan: SparsityPlan, texts: list[list[int]], batch: int, options: argparse.Namespace
 ) -> tuple[object, ...]:
-    with ExitStack() as stack:
-
-        def decoding(rules: SparsityPlan) -> Decoding:
-            runner = ModelRunner(
-                checkpoint,
-                precision=options.precision,
-                num_pages=batch * pages_of(CONTEXT),
-                max_step_sequences=batch,
-                plan=rules,
-            )
-            stack.enter_context(closing(runner))
-            return Decoding(runner, texts, batch, CONTEXT)
-
-        sides = [decoding(SparsityPlan.dense()), decoding(plan)]
-        with _other_layout(checkpoint.config.architecture):
-            sides.append(decoding(SparsityPlan.dense()))
-        turns = [[side.step_seconds() for side in sides] for _ in range(options.turns)]
-    dense, rests, without = (1000 * min(times) for times in zip(*turns, strict=True))
+    dense, rests, without = step_milliseconds(
+        checkpoint,
+        plan,
+        WithoutFeedForward,
+        texts,
+        batch=batch,
+        context=CONTEXT,
+        turns=options.turns,
+        precision=options.precision,
+    )
     cells = (dense, rests, dense / rests, dense - without, rests - without, (dense - without) / (rests - without))
     return batch, *(f"{cell:.2f}" for cell in cells)
-
-
-@contextmanager
-def _other_layout(architecture: str) -> Iterator[None]:
-    own = program.LAYOUTS[architecture]
-    program.LAYOUTS[architecture] = WithoutFeedForward
-    try:
-        yield
-    finally:
-        program.LAYOUTS[architecture] = own
 
 
 def _texts(model: Path, data: Path) -> list[list[int]]:

@@ -14,15 +14,13 @@ faster.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
+from step_parts import step_milliseconds
 
 from fallow.data.sources import open_source
-from fallow.engine import program
 from fallow.engine.batch import SAMPLING_DTYPE, StepBatch
 from fallow.engine.engine import Engine
 from fallow.engine.program import TILE_ROWS, DecoderProgram
@@ -32,7 +30,7 @@ from fallow.models.checkpoint import open_checkpoint
 from fallow.models.tensors import Checkpoint
 from fallow.models.tokenizer import Tokenizer
 from fallow.plan import SparsityPlan
-from fallow.sparsification.timing import Decoding, pages_of
+from fallow.sparsification.timing import pages_of
 from fallow.terminal import print_table
 
 CONTEXT = 512
@@ -49,15 +47,6 @@ class WithoutHead(DecoderProgram):
 
     def _head(self, table: int) -> None:
         self._program.finish(self._x)
-
-
-@dataclass
-class Agreement:
-    tokens: int = 0
-    listed: int = 0
-    same: int = 0
-    doubtful: int = 0
-    tiles: int = 0
 
 
 def main() -> None:
@@ -115,7 +104,7 @@ def _answers(engine: Engine) -> list[list[int]]:
 def _agreement_row(
     checkpoint: Checkpoint, plan: SparsityPlan, name: str, windows: list[list[int]]
 ) -> tuple[object, ...]:
-    found = Agreement()
+    tokens = listed = same = 0
     with ExitStack() as stack:
         dense, sparse = (
             stack.enter_context(closing(ModelRunner(checkpoint, num_pages=pages_of(CONTEXT), plan=rules)))
@@ -124,13 +113,13 @@ def _agreement_row(
         for window in windows:
             for position, token in enumerate(window):
                 expected, chosen = (int(_step(runner, token, position)) for runner in (dense, sparse))
-                found.tokens += 1
-                found.same += expected == chosen
-                found.listed += expected // TILE_ROWS in sparse.head_tiles(0, shortlist=True)
-        _, found.tiles, found.doubtful = sparse.head_counts
-    share = found.tiles * TILE_ROWS / found.tokens / checkpoint.config.vocab_size
-    cells = (found.listed / found.tokens, found.same / found.tokens, found.doubtful / found.tokens, share)
-    return name, f"{found.tokens:,}", *(f"{cell:.2%}" for cell in cells)
+                tokens += 1
+                same += expected == chosen
+                listed += expected // TILE_ROWS in sparse.head_tiles(0, shortlist=True)
+        _, tiles, doubtful = sparse.head_counts
+    share = tiles * TILE_ROWS / tokens / checkpoint.config.vocab_size
+    cells = (listed / tokens, same / tokens, doubtful / tokens, share)
+    return name, f"{tokens:,}", *(f"{cell:.2%}" for cell in cells)
 
 
 def _step(runner: ModelRunner, token: int, position: int) -> int:
@@ -181,31 +170,11 @@ def _draw_row(checkpoint: Checkpoint, plan: SparsityPlan, text: list[int], draws
 def _time_row(
     checkpoint: Checkpoint, plan: SparsityPlan, windows: list[list[int]], batch: int, turns: int
 ) -> tuple[object, ...]:
-    with ExitStack() as stack:
-
-        def decoding(rules: SparsityPlan) -> Decoding:
-            runner = ModelRunner(
-                checkpoint, num_pages=batch * pages_of(CONTEXT // 2), max_step_sequences=batch, plan=rules
-            )
-            return Decoding(stack.enter_context(closing(runner)), windows, batch, CONTEXT // 2)
-
-        sides = [decoding(SparsityPlan.dense()), decoding(plan)]
-        with _without_head(checkpoint.config.architecture):
-            sides.append(decoding(SparsityPlan.dense()))
-        times = [[side.step_seconds() for side in sides] for _ in range(turns)]
-    whole, screened, without = (1000 * min(column) for column in zip(*times, strict=True))
+    whole, screened, without = step_milliseconds(
+        checkpoint, plan, WithoutHead, windows, batch=batch, context=CONTEXT // 2, turns=turns
+    )
     cells = (whole, screened, whole / screened, whole - without, screened - without)
     return batch, *(f"{cell:.2f}" for cell in cells), f"{(screened - without) / (whole - without):.1%}"
-
-
-@contextmanager
-def _without_head(architecture: str) -> Iterator[None]:
-    own = program.LAYOUTS[architecture]
-    program.LAYOUTS[architecture] = WithoutHead
-    try:
-        yield
-    finally:
-        program.LAYOUTS[architecture] = own
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from fallow import _native
 from fallow.arrays import Bytes, Float32
 from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize
-from fallow.models.head_screen import DIRECTIONS, HeadScreen, row_blocks
+from fallow.models.head_screen import DIRECTIONS, SIGN_GROUP, HeadScreen, row_blocks
 from fallow.models.quantize import quantize_q4_1, quantize_q8_0
 from fallow.models.resting import PageRule, Resting, ScreenRule
 from fallow.models.rope import rope_table
@@ -182,7 +182,7 @@ class DecoderProgram:
         turns = [program.weights([_floats(rows)], config.hidden_size, precision="q8") for rows in (first, others)]
         turned = program.activations_for(turns[0])
         coordinates = [program.buffer(DIRECTIONS), program.buffer(config.hidden_size)]
-        rounded = [program.rounded(DIRECTIONS, group=DIRECTIONS), program.rounded(config.hidden_size, group=32)]
+        rounded = [program.rounded(DIRECTIONS, group=DIRECTIONS), program.rounded(config.hidden_size, group=SIGN_GROUP)]
         program.norm_quantise(self._x, builder.vector("norm"), [whole, turned], config.rms_norm_eps)
         for weights, buffer in zip(turns, coordinates, strict=True):
             program.linear(turned, weights, buffer)

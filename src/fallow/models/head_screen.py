@@ -24,6 +24,7 @@ from fallow.models.safetensors import read_header
 from fallow.models.tensors import Checkpoint, RawTensor
 
 DIRECTIONS = 16
+SIGN_GROUP = 32  # columns whose signs lie together: hidden sizes are multiples of it
 LIKELY = 1.5
 SCREEN_FILE = "head_screen.safetensors"
 _BLOCK = 4096  # rows at a time

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 from fallow.errors import FallowError, ModelFileError
 from fallow.models.config import ModelConfig
-from fallow.models.head_screen import DIRECTIONS
+from fallow.models.head_screen import DIRECTIONS, SIGN_GROUP
 from fallow.plan import LayerRule, SparsityPlan
 
 AXES = ("ffn", "attention", "head")
 """What the reference and the engine can let rest."""
 _KV_HEAD = "kv_head."
 _LANES = 16  # the engine computes hidden states so many at a time
-_SIGN_GROUP = 32  # columns of the head whose signs the engine keeps together
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ def resting(plan: SparsityPlan, config: ModelConfig) -> list[Resting]:
 
 
 def screen_rule(plan: SparsityPlan, config: ModelConfig) -> ScreenRule | None:
-    """How the head is screened; None where it is not. It changes no logits: a token is the one that the whole head
-    would choose. Raises as ``resting`` does."""
+    """How the head is screened; None where it is not. It changes no logits that are asked for; a token is the
+    one that the whole head would choose, but for rare errors of the screen. Raises as ``resting`` does."""
     rules = plan.rules("head")
     if not rules:
         return None
@@ -73,10 +72,10 @@ def screen_rule(plan: SparsityPlan, config: ModelConfig) -> ScreenRule | None:
         )
     if candidates < 1:
         raise ModelFileError("The plan's candidates of the head are 0: at least 1 token is computed.")
-    if config.hidden_size % _SIGN_GROUP:
+    if config.hidden_size % SIGN_GROUP:
         raise FallowError(
             f"The plan screens the head, but the hidden size is {config.hidden_size}, which must be a multiple of "
-            f"{_SIGN_GROUP} for that: use the model without the plan."
+            f"{SIGN_GROUP} for that: use the model without the plan."
         )
     return ScreenRule(candidates)
 

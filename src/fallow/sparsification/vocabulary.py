@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fallow.models.decoder import Decoder
-from fallow.models.head_screen import DIRECTIONS, HeadScreen, mean_products
+from fallow.models.head_screen import DIRECTIONS, SIGN_GROUP, HeadScreen, mean_products
 from fallow.models.info import held_bytes
 from fallow.models.tensors import Checkpoint
 from fallow.plan import LayerRule
@@ -26,7 +26,7 @@ _LEAST_VOCABULARY = 16 * CANDIDATES  # below it the whole head is not much more
 def screens_head(checkpoint: Checkpoint, load: Load) -> bool:
     """Whether a screen makes decoding ``load`` faster, and can be had."""
     config = checkpoint.config
-    fits = config.hidden_size % 32 == 0 and config.vocab_size >= _LEAST_VOCABULARY
+    fits = config.hidden_size % SIGN_GROUP == 0 and config.vocab_size >= _LEAST_VOCABULARY
     return fits and load.batch <= _MOST_SEQUENCES
 
 
