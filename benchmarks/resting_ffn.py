@@ -1,18 +1,19 @@
 """What neurons that rest are worth: the time of feed-forward networks and of whole steps of decoding, with and without.
 
     python benchmarks/resting_ffn.py runs/rest-30m/model     a model that `fallow train` made, with its plan.json
+    python benchmarks/resting_ffn.py runs/rest-30m/model --dense runs/books-30m/model     beside another, dense one
     python benchmarks/resting_ffn.py --synthetic 0.01        the shape of a 1B model: 4 layers of 2,048 and 5,632
                                                              neurons, random weights, 1% of the neurons at work
 
-The time of the feed-forward networks is that of a step less that of the same model without them. The three models take
-turns; of each the best turn counts, since what else the machine does makes a turn slower and none faster.
+The time of the feed-forward networks is that of a step less that of the same model without them. The dense side is the
+model itself without its plan unless another one is given.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import NormalDist
@@ -20,13 +21,13 @@ from typing import get_args
 
 import numpy as np
 import torch
-from step_parts import step_milliseconds
+from step_parts import Side, step_milliseconds
 
 from fallow.data.sources import open_source
 from fallow.engine.program import DecoderProgram
 from fallow.engine.runner import Precision
+from fallow.meter.cost import usd_per_million_tokens
 from fallow.models.checkpoint import open_checkpoint
-from fallow.models.tensors import Checkpoint
 from fallow.models.tokenizer import load_tokenizer
 from fallow.plan import LayerRule, SparsityPlan
 from fallow.terminal import print_table
@@ -51,6 +52,7 @@ class WithoutFeedForward(DecoderProgram):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="a folder with a plan")
+    parser.add_argument("--dense", type=Path, help="the folder of a dense model of the same sizes and vocabulary")
     parser.add_argument("--synthetic", type=float, metavar="SHARE", help="of the neurons that work, in random weights")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="the folder of the books")
     parser.add_argument("--precision", choices=get_args(Precision), default="auto")
@@ -68,27 +70,35 @@ def main() -> None:
             model = stack.enter_context(_random_model())
             plan = SparsityPlan(ffn=(_share_at_work(options.synthetic),))
             texts = np.random.default_rng(0).integers(0, 8192, (BATCHES[-1], CONTEXT)).tolist()
-        checkpoint = open_checkpoint(model)
-        rows = [_row(checkpoint, plan, texts, batch, options) for batch in BATCHES]
-    names = ("dense ms", "resting ms", "ratio", "dense ffn ms", "resting ffn ms", "ratio of ffn")
+        resting, dense = open_checkpoint(model), open_checkpoint(options.dense or model)
+        sides = (
+            Side(dense),
+            Side(resting, plan),
+            Side(dense, layout=WithoutFeedForward),
+            Side(resting, layout=WithoutFeedForward),
+        )
+        rows = [_row(sides, texts, batch, options) for batch in BATCHES]
+    names = (
+        "dense ms",
+        "resting ms",
+        "ratio",
+        "dense ffn",
+        "resting ffn",
+        "ratio of ffn",
+        "dense $/Mtok",
+        "resting $/Mtok",
+    )
     print_table({"batch": "right", **dict.fromkeys(names, "right")}, rows)
 
 
-def _row(
-    checkpoint: Checkpoint, plan: SparsityPlan, texts: list[list[int]], batch: int, options: argparse.Namespace
-) -> tuple[object, ...]:
-    dense, rests, without = step_milliseconds(
-        checkpoint,
-        plan,
-        WithoutFeedForward,
-        texts,
-        batch=batch,
-        context=CONTEXT,
-        turns=options.turns,
-        precision=options.precision,
-    )
-    cells = (dense, rests, dense / rests, dense - without, rests - without, (dense - without) / (rests - without))
-    return batch, *(f"{cell:.2f}" for cell in cells)
+def _row(sides: Sequence[Side], texts: list[list[int]], batch: int, options: argparse.Namespace) -> tuple[object, ...]:
+    dense, rests, dense_without, rests_without = step_milliseconds(
+        sides, texts, batch=batch, context=CONTEXT, turns=options.turns, precision=options.precision
+    ).T
+    whole, part = dense - dense_without, rests - rests_without
+    cells = (dense, rests, dense / rests, whole, part, whole / part)
+    prices = (usd_per_million_tokens(1000 * batch / float(np.median(times))) for times in (dense, rests))
+    return batch, *(f"{np.median(cell):.2f}" for cell in cells), *(f"{price:.4f}" for price in prices)
 
 
 def _texts(model: Path, data: Path) -> list[list[int]]:

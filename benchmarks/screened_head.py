@@ -18,7 +18,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
-from step_parts import step_milliseconds
+from step_parts import Side, step_milliseconds
 
 from fallow.data.sources import open_source
 from fallow.engine.batch import SAMPLING_DTYPE, StepBatch
@@ -170,11 +170,12 @@ def _draw_row(checkpoint: Checkpoint, plan: SparsityPlan, text: list[int], draws
 def _time_row(
     checkpoint: Checkpoint, plan: SparsityPlan, windows: list[list[int]], batch: int, turns: int
 ) -> tuple[object, ...]:
-    whole, screened, without = step_milliseconds(
-        checkpoint, plan, WithoutHead, windows, batch=batch, context=CONTEXT // 2, turns=turns
-    )
-    cells = (whole, screened, whole / screened, whole - without, screened - without)
-    return batch, *(f"{cell:.2f}" for cell in cells), f"{(screened - without) / (whole - without):.1%}"
+    sides = Side(checkpoint), Side(checkpoint, plan), Side(checkpoint, layout=WithoutHead)
+    times = step_milliseconds(sides, windows, batch=batch, context=CONTEXT // 2, turns=turns)
+    whole, screened, without = times.T
+    head, left = whole - without, screened - without
+    cells = (whole, screened, whole / screened, head, left)
+    return batch, *(f"{np.median(cell):.2f}" for cell in cells), f"{np.median(left / head):.1%}"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def arguments(description: str | None, runs: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path(runs), help="where runs are kept until they have ended")
     parser.add_argument("--limit", type=int, metavar="N", help="run N trials at most")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="run those whose names match it")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table of what there is")
     return parser.parse_args()
 
@@ -41,10 +43,11 @@ def finished(results: Path) -> dict[str, dict[str, Any]]:
 def run_missing(
     results: Path, trials: Iterable[tuple[str, Recipe, Mapping[str, Any]]], options: argparse.Namespace
 ) -> None:
-    """Run the trials (a name, a recipe and what else its line should say) that the file does not have."""
+    """Run the trials (a name, a recipe and what else its line should say) that the file does not have. Several
+    processes may run some each, with ``--only``."""
     left = options.limit
     for name, recipe, facts in trials:
-        if name in finished(results) or left == 0:
+        if name in finished(results) or left == 0 or not fnmatchcase(name, options.only):
             continue
         line = {"trial": name, **facts, **_run(recipe, options.runs / name)}
         append_json_line(results, line)

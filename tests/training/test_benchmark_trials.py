@@ -18,21 +18,21 @@ from fallow.training.recipe import load_recipe
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture(params=["optimizers", "rest"])
+@pytest.fixture(params=["optimizers", "rest", "techniques"])
 def benchmark(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module(request.param)
 
 
-def options(tmp_path: Path, limit: int | None = None) -> argparse.Namespace:
-    return argparse.Namespace(runs=tmp_path / "runs", limit=limit, table=False)
+def options(tmp_path: Path, limit: int | None = None, only: str = "*") -> argparse.Namespace:
+    return argparse.Namespace(runs=tmp_path / "runs", limit=limit, only=only, table=False)
 
 
 def test_every_optimizer_has_as_many_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     optimizers = importlib.import_module("optimizers")
     planned = list(optimizers.trials())
-    assert len({name for name, _, _ in planned}) == len(planned) == 5 * 7
+    assert len({name for name, _, _ in planned}) == len(planned) == 5 * 8
     assert {optimizer: {facts["lr"] for _, _, facts in planned if facts["optimizer"] == optimizer}
             for optimizer in optimizers.RATES} == {o: set(rates) for o, rates in optimizers.RATES.items()}  # fmt: skip
     alike = [recipe.model_copy(update={"name": "", "optimizer": ()}) for _, recipe, _ in planned]

@@ -36,6 +36,9 @@ def test_the_recipes_of_the_repository(path: Path):
         ("colour=red", "colour is not known"),
         ("name.first=a", "name"),
         ("tokens", "write section.key=value"),
+        ("optimizer.7.lr=1", "7 is no section of the recipe"),
+        ("optimizer.first.lr=1", "first is no section of the recipe"),
+        ("optimizer.lr=1", "name one by its number, as in optimizer.0.lr"),
     ],
 )
 def test_a_mistake_is_a_sentence(recipe_file: Path, override: str, named: str):
@@ -71,8 +74,10 @@ def test_a_recipe_and_its_dense_twin():
 
 
 def test_overrides(recipe_file: Path):
-    recipe = load_recipe(recipe_file, ["train.tokens=1000", "name=other", "report.tensorboard=false"])
+    overrides = ["train.tokens=1000", "name=other", "report.tensorboard=false", "optimizer.0.lr=0.25"]
+    recipe = load_recipe(recipe_file, overrides)
     assert (recipe.train.tokens, recipe.name, recipe.report.tensorboard) == (1000, "other", False)
+    assert recipe.optimizer[0].lr == 0.25
 
 
 def test_files_that_are_no_recipe(tmp_path: Path):

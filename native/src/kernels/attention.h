@@ -168,6 +168,23 @@ inline unsigned chosen_pages(const AttentionTask& task, int segment, int row) {
   return task.chosen == nullptr ? 0xffu : task.chosen[row * task.chosen_stride + segment];
 }
 
+// Those of [begin, end) that one of the rows [first_row, last_row] has chosen.
+inline PageList list_pages(const AttentionTask& task, int segment, int begin, int end, int first_row, int last_row) {
+  unsigned wanted = 0;
+  for (int row = first_row; row <= last_row; ++row) wanted |= chosen_pages(task, segment, row);
+  PageList pages;
+  for (int page = begin; page < end; ++page) {
+    if ((wanted >> page & 1) == 0) continue;
+    uint8_t* p = task.pool + static_cast<size_t>(task.page_table[segment * segment_pages + page]) * task.page_stride;
+    pages.index[pages.count] = page;
+    pages.keys[pages.count] = task.layout.keys(p, task.kv_head);
+    pages.values[pages.count] = task.layout.values(p, task.kv_head);
+    ++pages.count;
+  }
+  pages.keys[pages.count] = task.next_keys;
+  return pages;
+}
+
 template <class S>
 void attention(const AttentionTask& task, int segment, Partial* partials, float* values, float* scratch) {
   const KvLayout& layout = task.layout;
@@ -177,18 +194,8 @@ void attention(const AttentionTask& task, int segment, Partial* partials, float*
   const int filled = visible(task, segment, task.rows - 1).high;
   const int begin = visible(task, segment, 0).low / page_size;
   const int end = (filled + page_size - 1) / page_size;
-  unsigned wanted = 0;
-  for (int row = 0; row < task.rows; ++row) wanted |= chosen_pages(task, segment, row);
   PageList pages;
-  for (int page = begin; page < end; ++page) {
-    if ((wanted >> page & 1) == 0) continue;
-    uint8_t* p = task.pool + static_cast<size_t>(task.page_table[segment * segment_pages + page]) * task.page_stride;
-    pages.index[pages.count] = page;
-    pages.keys[pages.count] = layout.keys(p, task.kv_head);
-    pages.values[pages.count] = layout.values(p, task.kv_head);
-    ++pages.count;
-  }
-  pages.keys[pages.count] = task.next_keys;
+  if (task.chosen == nullptr) pages = list_pages(task, segment, begin, end, 0, task.rows - 1);
   for (int first = 0; first < queries;) {
     const int left = queries - first;
     const int steps = (left + S::max_rows - 1) / S::max_rows;
@@ -201,6 +208,7 @@ void attention(const AttentionTask& task, int segment, Partial* partials, float*
       q[m] = task.queries + row * task.query_stride + static_cast<size_t>(head) * padded_dim;
       see[m] = {visible(task, segment, row), chosen_pages(task, segment, row)};
     }
+    if (task.chosen != nullptr) pages = list_pages(task, segment, begin, end, first / group, (first + take - 1) / group);
     Partial* partial = partials + first;
     float* value = values + static_cast<size_t>(first) * padded_dim;
     float* scores = scratch + static_cast<size_t>(first) * segment_tokens;

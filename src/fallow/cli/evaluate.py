@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fallow.cli.options import Json, Model, Precision, Threads, fetch
+from fallow.errors import FallowError
 from fallow.files import decoded
 from fallow.terminal import print_fields, print_json, print_table, progress, spinner
 
@@ -21,7 +22,8 @@ def evaluate(
     text: Annotated[
         str,
         typer.Argument(
-            metavar="TEXT|needle", help="A text file in UTF-8, - for stdin, or numbers hidden in long documents."
+            metavar="TEXT|needle|TASK",
+            help="A text file in UTF-8, - for stdin; numbers hidden in long documents; a task of lm-eval, or its file.",
         ),
     ],
     window: Annotated[int, typer.Option(min=2, help="Tokens of TEXT that are scored together.")] = 1024,
@@ -29,14 +31,20 @@ def evaluate(
         int | None, typer.Option(min=1, show_default="the model's", help="Tokens of a document with a needle.")
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Needles at each depth.")] = 20,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of a TASK at most.", show_default="all")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Solved examples before a question.", show_default="the task's")
+    ] = None,
     precision: Precision = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Perplexity of MODEL on TEXT and, where it has a plan, how far that takes it from the dense model; or how often
-    it finds a needle."""
+    it finds a needle, or solves a TASK."""
     if text == NEEDLE and not Path(text).exists():
         _find_needles(model, context, trials, precision, threads, json)
+    elif text.endswith((".yaml", ".yml")) or (text != "-" and "." not in text and not Path(text).exists()):
+        _solve(model, text, limit, shots, precision, threads, json)
     else:
         _score(model, text, window, precision, threads, json)
 
@@ -106,6 +114,48 @@ def _find_needles(
     print_table(
         {"depth": "right", "found": "right"},
         [(f"{depth['depth']:.0%}", f"{depth['accuracy']:.0%} of {trials}") for depth in depths],
+    )
+
+
+def _solve(
+    model: str, task: str, limit: int | None, shots: int | None, precision: Precision, threads: Threads, json: bool
+) -> None:
+    try:
+        from fallow.evaluate.tasks import HarnessModel, Writing, accuracy, run_task
+    except ImportError as error:
+        raise FallowError(
+            f"{task} is no file, and tasks need lm-eval ({error}): pip install 'fallow[eval]', or give a text file."
+        ) from error
+    from fallow.engine.engine import Engine
+    from fallow.engine.sampling import SamplingParams
+
+    path = fetch(model)
+    with spinner(f"Loading {model}"):
+        # Pages that a prefix keeps would be overwritten when a text is scored.
+        engine = Engine(path, precision=precision, threads=threads, max_num_seqs=8, prefix_caching=False)
+
+    def writes(prompts: list[list[int]], how: Writing) -> list[str]:
+        params = SamplingParams(
+            max_tokens=how.max_tokens,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            top_k=how.top_k,
+            stop=how.stop,
+            seed=0,
+        )
+        return [output.outputs[0].text for output in engine.generate(prompts, params)]
+
+    with engine, progress(unit="answers") as bar:
+        solver = HarnessModel(engine.runner, writes, engine.tokenizer, progress=bar)
+        results = run_task(solver, task, limit=limit, shots=shots)
+    if json:
+        nothing = dict.fromkeys(("perplexity", "bits_per_byte", "kl_to_dense", "tokens"))
+        tasks = [{"task": r.task, "questions": r.questions, "metrics": r.metrics} for r in results]
+        print_json({"model": model, "task": task, "accuracy": accuracy(results), **nothing, "tasks": tasks})
+        return
+    print_table(
+        {"task": "left", "questions": "right", "metric": "left", "value": "right"},
+        [(r.task, r.questions, name, f"{value:.4f}") for r in results for name, value in r.metrics.items()],
     )
 
 

@@ -17,12 +17,12 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from fallow.errors import FallowError
-from fallow.meter.energy import EnergyMeter
 from fallow.models.decoder import Decoder
 from fallow.training.activity import Activity, measure_activity
 from fallow.training.checkpoints import Checkpoint, Checkpoints
 from fallow.training.corpus import Corpus
 from fallow.training.ema import WeightAverage
+from fallow.training.energy import StepMeter
 from fallow.training.flops import flops_per_token, peak_flops
 from fallow.training.lora import merged_weights
 from fallow.training.optimizers.build import build_optimizers
@@ -144,7 +144,7 @@ class Trainer:
             decoder, self.optimizers, micro_batch=train.micro_batch, clip=clip, fused=fused, processes=processes
         )
         self._rest = RestPenalty(decoder, recipe.rest, self.steps) if recipe.rest.l1 else None
-        self._meter = EnergyMeter()
+        self._meter = StepMeter(processes, on_note)
         self._flops = flops_per_token(decoder, recipe.data.context)
         self._peak = processes.total(peak_flops(decoder.compute, processes.device))
         self._signal = 0  # that came to this process
@@ -191,7 +191,7 @@ class Trainer:
 
     @property
     def energy_source(self) -> str:
-        """Where the joules come from: ``fallow.meter.energy.EnergyMeter.source``."""
+        """Where the joules come from: ``fallow.training.energy.StepMeter.source``."""
         return self._meter.source
 
     def validate(self) -> Validation:
@@ -227,7 +227,7 @@ class Trainer:
 
     def _one_step(self, on_step: Callable[[StepReport], None]) -> None:
         state, recipe = self.state, self.recipe
-        before = self._meter.reading(self.processes.measured)
+        before = self._meter.reading()
         size = self.batches.at(state.step)
         first = self.batches.before(state.step) + state.skipped
         batch = self.processes.share(self.corpus.train.batch, first, size)
@@ -249,12 +249,11 @@ class Trainer:
             return
         if self.average is not None:
             self.average.update(state.step)
-        used = self._meter.between(before, self._meter.reading(self.processes.measured))
-        joules = self.processes.total(used.joules if self.processes.measured else 0.0)
+        seconds, joules = self._meter.since(before)
         tokens = size * recipe.data.context
         state.step += 1
         state.tokens += tokens
-        state.seconds += used.seconds
+        state.seconds += seconds
         state.joules += joules
         report = recipe.report
         last = state.step == self.steps
@@ -274,8 +273,8 @@ class Trainer:
                 bits_per_byte=self.corpus.bits_per_byte(taken.loss),
                 gradient_norm=taken.gradient_norm,
                 lr=recipe.optimizer[0].lr * factor,
-                tokens_per_s=tokens / used.seconds,
-                mfu=tokens // bag * self._flops / used.seconds / self._peak,
+                tokens_per_s=tokens / seconds,
+                mfu=tokens // bag * self._flops / seconds / self._peak,
                 joules=joules,
                 seconds=state.seconds,
                 validation=validation,

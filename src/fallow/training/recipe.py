@@ -83,6 +83,7 @@ class OptimizerRecipe(Section):
     rank: int | None = Field(None, ge=1)
     variance: float | None = Field(None, gt=0, lt=1)
     cautious: bool | None = None
+    iterations: int | None = Field(None, ge=3, le=5)  # of Newton-Schulz, in Muon
 
 
 class TrainRecipe(Section):
@@ -174,7 +175,7 @@ class Recipe(Section):
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe in a TOML file, with ``overrides`` such as ``train.tokens=1000`` laid over it.
+    """The recipe in a TOML file, with ``overrides`` (``train.tokens=1000``, ``optimizer.0.lr=0.01``) laid over it.
 
     Raises ``FallowError`` with a sentence for each mistake.
     """
@@ -212,11 +213,16 @@ def _lay_over(document: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text  # a word without quotes
     *sections, name = key.split(".")
-    table = document
+    table: Any = document
     for section in sections:
-        table = table.setdefault(section, {})
-        if not isinstance(table, dict):
+        if isinstance(table, list):  # optimizer.0.lr
+            table = table[int(section)] if section.isdecimal() and int(section) < len(table) else None
+        else:
+            table = table.setdefault(section, {})
+        if not isinstance(table, dict | list):
             raise FallowError(f"{override}: {section} is no section of the recipe.")
+    if not isinstance(table, dict):
+        raise FallowError(f"{override}: name one by its number, as in {'.'.join(sections)}.0.{name}.")
     table[name] = value
 
 

@@ -121,7 +121,10 @@ def test_state_bytes_counts_what_is_there() -> None:
         ),
         ([rule("adamw", "*", cautious=False)], "optimizer 1 (adamw) has no cautious"),
         ([rule("muon", MATRICES, betas=(0.9, 0.9)), rule("adamw", "*")], "optimizer 1 (muon) has no betas"),
-        ([rule("muon", MATRICES, rank=4), rule("adamw", "*")], "has lr, weight_decay, momentum, variance, cautious."),
+        (
+            [rule("muon", MATRICES, rank=4), rule("adamw", "*")],
+            "has lr, weight_decay, momentum, variance, cautious, iterations.",
+        ),
         ([rule("scale", MATRICES, rank=4), rule("adamw", "*")], "optimizer 1 (scale) has no rank"),
         ([rule("apollo", MATRICES, rank=4, variance=0.9), rule("adamw", "*")], "optimizer 1 (apollo) has no variance"),
         ([rule("apollo-mini", MATRICES, rank=4), rule("adamw", "*")], "optimizer 1 (apollo-mini) has no rank"),

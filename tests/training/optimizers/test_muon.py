@@ -24,7 +24,7 @@ def polar(matrix: Array) -> Array:
     return product
 
 
-def exactly_orthogonalised(matrices: Tensor) -> Tensor:
+def exactly_orthogonalised(matrices: Tensor, iterations: int) -> Tensor:
     return torch.stack([torch.from_numpy(polar(matrix.numpy())) for matrix in matrices])
 
 

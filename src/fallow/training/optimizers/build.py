@@ -30,13 +30,13 @@ class _Kind:
 
 _KINDS = {
     "adamw": _Kind(partial(AdamW, fused=True), ("betas",), matrices_only=False),
-    "muon": _Kind(Muon, ("momentum", "variance", "cautious")),
+    "muon": _Kind(Muon, ("momentum", "variance", "cautious", "iterations")),
     "scale": _Kind(Scale, ("momentum",)),
     "apollo": _Kind(Apollo, ("betas", "rank"), needed=("rank",)),
     "apollo-mini": _Kind(ApolloMini, ("betas",)),
     "galore": _Kind(GaLore, ("betas", "rank"), needed=("rank",)),
 }
-_OPTIONS = ("betas", "momentum", "rank", "variance", "cautious")
+_OPTIONS = ("betas", "momentum", "rank", "variance", "cautious", "iterations")
 _TABLES = ("embed_tokens.weight", "value_embeddings.weight")  # [tokens, hidden]: their rows are inputs
 _HEAD = "lm_head.weight"
 

@@ -24,8 +24,9 @@ class Muon(MatrixOptimizer):
     """For matrices of hidden layers only; embeddings, heads and vectors want another optimizer.
 
     An update has a root mean square of about ``0.2 * lr`` whatever the matrix's shape, so a rate that suits AdamW does.
-    ``variance`` is the decay rate of NorMuon's second moments of rows, None for plain Muon. Matrices of one shape are
-    orthogonalised together; sharded ones are gathered, and every process orthogonalises all of them.
+    ``variance`` is the decay rate of NorMuon's second moments of rows, None for plain Muon; ``iterations`` (3 to 5)
+    are those of ``orthogonalised``. Matrices of one shape are orthogonalised together; sharded ones are gathered, and
+    every process orthogonalises all of them.
     """
 
     takes_shards = True
@@ -39,6 +40,7 @@ class Muon(MatrixOptimizer):
         weight_decay: float = 0.0,
         cautious: bool = False,
         variance: float | None = None,
+        iterations: int = 5,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -46,6 +48,7 @@ class Muon(MatrixOptimizer):
             "weight_decay": weight_decay,
             "cautious": cautious,
             "variance": variance,
+            "iterations": iterations,
         }
         super().__init__(params, defaults)
 
@@ -63,7 +66,7 @@ class Muon(MatrixOptimizer):
         torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(gradients, moments, group["momentum"])
         whole = torch.stack([gathered(part, p) for part, p in zip(nesterov, parameters, strict=True)])
-        updates = orthogonalised(whole)  # [matrices, rows, columns]
+        updates = orthogonalised(whole, group["iterations"])  # [matrices, rows, columns]
         if group["variance"] is None:
             updates *= _RMS * max(updates.shape[1:]) ** 0.5  # Moonlight, equation 4
         else:
