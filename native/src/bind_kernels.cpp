@@ -188,10 +188,11 @@ nb::tuple attention(const std::string& isa, const Matrix& qkv, const Matrix& tab
 
 // Of hidden states and gates the neurons, and what they add to `initial`: begun in the middle, as threads share them.
 nb::tuple feed_forward(const std::string& isa, const std::optional<WeightSource>& up, const WeightSource& down, const Matrix& x, const Matrix& gates,
-                       const std::string& precision, const std::string& activation, float threshold, const Matrix& initial) {
+                       const std::string& precision, const std::string& activation, float threshold, const Matrix& initial,
+                       const std::optional<WeightSource>& gate) {
   const Kernels& kernels = kernels_of(isa);
   const int rows = static_cast<int>(x.shape(0));
-  const PackedNeurons w = pack_neuron_sources(up, down, static_cast<int>(gates.shape(1)), precision);
+  const PackedNeurons w = pack_neuron_sources(up, down, static_cast<int>(gates.shape(1)), precision, gate);
   if (gates.shape(0) != x.shape(0) || initial.shape(0) != x.shape(0) || x.shape(1) != static_cast<size_t>(w.in_features) ||
       initial.shape(1) != x.shape(1)) {
     throw std::invalid_argument("shapes do not fit");
@@ -200,7 +201,8 @@ nb::tuple feed_forward(const std::string& isa, const std::optional<WeightSource>
   const Memory neurons = padded_rows(gates, stride);
   const Memory out = padded_rows(initial, w.in_features);
   if (w.gated) {
-    const NeuronTask task{&w, rows, x.data(), x.shape(1), neurons.as<float>(), stride, activation_of(activation), threshold};
+    std::vector<float> norms(rows);
+    const NeuronTask task{&w, rows, x.data(), x.shape(1), neurons.as<float>(), stride, activation_of(activation), threshold, norms.data()};
     const int half = w.count / 2 / lanes * lanes;
     kernels.neurons(task, half, w.count);
     kernels.neurons(task, 0, half);
@@ -267,7 +269,7 @@ void bind_kernels(nb::module_& m) {
   m.def("attention", &attention, "isa"_a, "qkv"_a, "table"_a, nb::kw_only(), "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "rotary_dim"_a,
         "queries"_a, "window"_a, "scale"_a, "sink_pages"_a = 0, "recent_pages"_a = 1, "top_pages"_a = std::vector<int>{});
   m.def("feed_forward", &feed_forward, "isa"_a, "up"_a.none(), "down"_a, "x"_a, "gates"_a, nb::kw_only(), "precision"_a, "activation"_a, "threshold"_a,
-        "initial"_a);
+        "initial"_a, "gate"_a.none() = nb::none());
   m.def("screen", &screen, "isa"_a, "signs"_a, "along"_a, "rest"_a);
   m.def("noise", &noise, "isa"_a, "count"_a, nb::kw_only(), "seed"_a, "draw"_a);
   m.def(

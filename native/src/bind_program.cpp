@@ -88,10 +88,9 @@ void bind_program(nb::module_& m) {
           "sources"_a, "in_features"_a, nb::kw_only(), "interleave"_a = false, "asymmetric"_a = false, "precision"_a = "own")
       .def(
           "neuron_weights",
-          [](Program& p, const std::optional<WeightSource>& up, const WeightSource& down, int count, const std::string& precision) {
-            return p.add_neurons(pack_neuron_sources(up, down, count, precision));
-          },
-          "up"_a.none(), "down"_a, "count"_a, nb::kw_only(), "precision"_a)
+          [](Program& p, const std::optional<WeightSource>& up, const WeightSource& down, int count, const std::string& precision,
+             const std::optional<WeightSource>& gate) { return p.add_neurons(pack_neuron_sources(up, down, count, precision, gate)); },
+          "up"_a.none(), "down"_a, "count"_a, nb::kw_only(), "precision"_a, "gate"_a.none() = nb::none())
       .def(
           "signs",
           [](Program& p, PackedSigns& signs) {

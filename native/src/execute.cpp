@@ -213,11 +213,11 @@ void Program::execute(const op::AboveThreshold& o, int, int, const Part& part) {
   for (int r = part.begin; r < part.end; ++r) kernels_.above_threshold(row(o.x, r, part), buffers_[o.x].width, o.quantile);
 }
 
-void Program::execute(const op::Neurons& o, int, int, const Part& part) {
+void Program::execute(const op::Neurons& o, int, int thread, const Part& part) {
   const PackedNeurons& w = *neurons_[o.neurons];
   const int blocks = (w.count + lanes - 1) / lanes;
   const NeuronTask task{&w,          part.end - part.begin, row(o.x, part.begin, part), buffers_[o.x].stride, row(o.gates, part.begin, part),
-                        buffers_[o.gates].stride, o.activation, o.threshold};
+                        buffers_[o.gates].stride, o.activation, o.threshold, scratch_[thread].norms.data()};
   kernels_.neurons(task, part.first_of(blocks) * lanes, std::min(part.end_of(blocks) * lanes, w.count));
 }
 

@@ -125,7 +125,7 @@ struct RopeTask {
 };
 
 // Neurons of a gated feed-forward network: of those whose activated gate is beyond the threshold the product with the up
-// projection, of all others zero.
+// projection, of all others zero. Where gates are rounded (the activation is ReLU then), those that may be are computed again.
 struct NeuronTask {
   const PackedNeurons* weights;
   int rows;
@@ -135,6 +135,7 @@ struct NeuronTask {
   size_t stride;
   Activation activation;
   float threshold;
+  float* norms;  // [rows], scratch
 };
 
 // What the neurons beyond the threshold add to the hidden states.

@@ -26,11 +26,13 @@ PackedLinear pack_sources(const std::vector<WeightSource>& sources, int in_featu
   return pack_linear(rows, in_features, {interleave, asymmetric, precision});
 }
 
-PackedNeurons pack_neuron_sources(const std::optional<WeightSource>& up, const WeightSource& down, int count, const std::string& precision) {
+PackedNeurons pack_neuron_sources(const std::optional<WeightSource>& up, const WeightSource& down, int count, const std::string& precision,
+                                  const std::optional<WeightSource>& gate) {
+  const RowSource gates = gate ? source_of(*gate) : RowSource{};
   const RowSource ups = up ? source_of(*up) : RowSource{};
   const RowSource downs = source_of(down);
   const nb::gil_scoped_release release;
-  return pack_neurons(up ? &ups : nullptr, downs, count, precision);
+  return pack_neurons(up ? &ups : nullptr, downs, count, precision, gate ? &gates : nullptr);
 }
 
 Epilogue epilogue_of(const std::string& name) {

@@ -204,6 +204,7 @@ void Program::finish(int logits_buffer) {
               use(buffer_kind, o.gates);
               const PackedNeurons& w = *neurons_.at(o.neurons);
               require(w.gated, "neurons: they have no up projection");
+              require(!w.rounded_gates || o.activation == Activation::relu, "neurons: gates that are rounded need ReLU");
               require(width(o.x) >= w.in_features && width(o.gates) >= w.count, "neurons: a buffer is too narrow");
               require(o.threshold >= 0.f && std::isfinite(o.threshold), "neurons: the threshold must be a number of at least 0");
             },
@@ -289,6 +290,7 @@ void Program::finish(int logits_buffer) {
     s.values = Memory(attention_block * padded_dim * sizeof(float));
     s.state = Memory(attention_block * padded_dim * sizeof(float));
     if (chooses_pages_) s.choice = Memory(page_choice_scratch_floats(layout_, most_pages) * sizeof(float));
+    if (!neurons_.empty()) s.norms.resize(limits_.max_tokens);
     s.partials.resize(attention_block);
     s.states.resize(attention_block);
     scratch_.push_back(std::move(s));

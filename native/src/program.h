@@ -196,6 +196,7 @@ class Program {
   struct ThreadScratch {
     Memory linear, row, scores, values, state, choice;
     std::vector<Partial> partials, states;
+    std::vector<float> norms;
     SampleScratch sample;
   };
 

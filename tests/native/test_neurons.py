@@ -107,6 +107,43 @@ def test_a_row_is_the_same_bits_alone(isa: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("precision", "threshold"), [("bf16", 0.0), ("bf16", 3.0), ("q8", 0.0)])
+@pytest.mark.parametrize(("rows", "hidden", "neurons"), [(1, 32, 1), (1, 64, 40), (4, 512, 333), (40, 160, 47)])
+def test_rounded_gates_tell_which_exact_ones_are_computed(  # noqa: PLR0917
+    isa: str, precision: str, threshold: float, rows: int, hidden: int, neurons: int
+) -> None:
+    network = Network(rows, hidden, neurons, 0.5)
+    weights = np.random.default_rng(neurons).standard_normal((neurons, hidden), np.float32)
+    exact = network.x @ rounded(weights, precision).T
+    steps = np.abs(network.x.reshape(rows, -1, 32)).max(-1, keepdims=True) / 127  # as hidden states are rounded
+    codes = np.rint(network.x.reshape(rows, -1, 32) / steps) * steps
+    gates = (codes.reshape(rows, -1) @ rounded(weights, "q8").T).astype(np.float32)
+    network.gates = gates
+    found, out = network.run(isa, precision=precision, activation="relu", threshold=threshold, gate=source(weights))
+    expected = np.where(exact > threshold, exact, 0) * (network.x @ rounded(network.up, precision).T)
+    sure = np.abs(exact - threshold) > 1e-4
+    np.testing.assert_allclose(found[sure], expected[sure], rtol=1e-3, atol=5e-2 if precision == "q8" else 1e-3)
+    added = found.astype(np.float64) @ rounded(np.ascontiguousarray(network.down.T), precision)
+    np.testing.assert_allclose(out, network.initial + added, rtol=1e-3, atol=5e-1 if precision == "q8" else 5e-3)
+    alone = network.run(
+        isa, slice(rows - 1, rows), precision=precision, activation="relu", threshold=threshold, gate=source(weights)
+    )
+    np.testing.assert_array_equal(alone[0][0], found[-1])
+    np.testing.assert_array_equal(alone[1][0], out[-1])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_rounded_gates_leave_no_doubt_about_rests(isa: str) -> None:
+    network = Network(3, 64, 50, 0.5)
+    gate = np.abs(np.random.default_rng(0).standard_normal((50, 64), np.float32))
+    network.x = np.abs(network.x)  # every exact gate is above zero
+    network.gates = np.where(np.arange(50) % 2, -50, 50).astype(np.float32)[None].repeat(3, 0)
+    neurons, _ = network.run(isa, precision="bf16", activation="relu", threshold=0.0, gate=source(gate))
+    assert (neurons[:, 1::2] == 0).all()
+    assert (neurons[:, ::2] != 0).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_no_number_does_not_rest(isa: str) -> None:
     network = Network(2, 32, 20, 0.5)
     network.gates[1, 7] = np.nan

@@ -4,6 +4,7 @@
 // Limit: the bytes of the neurons at work; with many rows, two multiply-adds for each row, neuron at work and column.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "../kernels.h"
@@ -63,9 +64,40 @@ FALLOW_INLINE void for_blocks(int begin, int end, int rows, const Mask& mask, co
   }
 }
 
+template <class S>
+inline float norm_of(const float* x, int n) {
+  auto squares = S::zero();
+  for (int i = 0; i < n; i += lanes) squares = S::fma(S::load(x + i), S::load(x + i), squares);
+  return std::sqrt(S::sum(squares));
+}
+
+// Of rounded gates, those that may be above the threshold: an exact gate is a product in float32, as an up row's.
+template <class S, Codes CODES>
+void neurons_of_rounded_gates(const NeuronTask& task, int begin, int end) {
+  const PackedNeurons& w = *task.weights;
+  for (int r = 0; r < task.rows; ++r) task.norms[r] = norm_of<S>(task.x + r * task.x_stride, w.in_features);
+  for_blocks(
+      begin, end, task.rows,
+      [&](int n, int r) {
+        const auto highest = S::fma(S::load(w.doubts() + n), S::set1(task.norms[r]), S::load(task.neurons + r * task.stride + n));
+        return at_work<S>(S::max(highest, S::zero()), task.threshold, n, end);
+      },
+      [&](int n) { prefetch_run(w.neuron(n), w.neuron_bytes()); },
+      [&](int n, int r, unsigned mask) {
+        const float* x = task.x + r * task.x_stride;
+        float values[lanes] = {};
+        for_bits(mask, [&](int i) {
+          const float gate = neuron_product<S, CODES>(w, w.gate(n + i), x);
+          if (!(gate <= task.threshold)) values[i] = gate * neuron_product<S, CODES>(w, w.up(n + i), x);
+        });
+        std::memcpy(task.neurons + r * task.stride + n, values, sizeof(values));
+      });
+}
+
 template <class S, Codes CODES>
 void neurons_at_work(const NeuronTask& task, int begin, int end) {
   const PackedNeurons& w = *task.weights;
+  if (w.rounded_gates) return neurons_of_rounded_gates<S, CODES>(task, begin, end);
   const auto gates = [&](int n, int r) { return activate<S>(S::load(task.neurons + r * task.stride + n), task.activation); };
   for_blocks(
       begin, end, task.rows, [&](int n, int r) { return at_work<S>(gates(n, r), task.threshold, n, end); },

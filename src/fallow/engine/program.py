@@ -51,11 +51,18 @@ class ProgramBuilder:
         return self.program.vector(np.ascontiguousarray(dequantize(tensor).reshape(-1), np.float32))
 
     def weights(
-        self, names: list[str], *, interleave: bool = False, asymmetric: bool = False, vocabulary: bool = False
+        self,
+        names: list[str],
+        *,
+        interleave: bool = False,
+        asymmetric: bool = False,
+        vocabulary: bool = False,
+        rounded: bool = False,
     ) -> int:
-        """Packs the tensors one below the other. ``vocabulary``: embeddings or the head."""
+        """Packs the tensors one below the other. ``vocabulary``: embeddings or the head. ``rounded``: in 8-bit groups
+        of 32, whatever they are."""
         tensors = [self.checkpoint.tensors[name] for name in names]
-        (precision,) = {self._kind(t, vocabulary)[1] for t in tensors}
+        (precision,) = {"q8" if rounded else self._kind(t, vocabulary)[1] for t in tensors}
         weights = self.program.weights(
             [self._source(t, vocabulary) for t in tensors],
             tensors[0].shape[1],
@@ -68,17 +75,28 @@ class ProgramBuilder:
             self.report[tensor.name] = f"{tensor.type.name} as {codes['codes']}"
         return weights
 
-    def neurons(self, up: str | None, down: str) -> int:
+    def neurons(self, up: str | None, down: str, *, gate: str | None = None) -> int:
         """Packs the up and the down projection neuron by neuron: in 8-bit groups of 32 what is quantised or is to be,
-        else, and where 32 does not divide the columns, in bfloat16."""
-        tensors = [self.checkpoint.tensors[name] for name in (up, down) if name is not None]
-        hidden, count = tensors[-1].shape
-        floating = self.precision == "auto" and all(tensor.type.is_floating for tensor in tensors)
-        precision = "bf16" if floating or self.precision == "bf16" or hidden % 32 else "q8"
-        for tensor in tensors:
-            self.report[tensor.name] = f"{tensor.type.name} as {precision}, by neuron"
-        *ups, downs = [(tensor.type.name, np.ascontiguousarray(tensor.read())) for tensor in tensors]
-        return self.program.neuron_weights(ups[0] if ups else None, downs, count, precision=precision)
+        else, and where 32 does not divide the columns, in bfloat16. ``gate``, where gates come rounded, goes along."""
+        tensors = {name: self.checkpoint.tensors[name] for name in (up, down, gate) if name is not None}
+        hidden, count = tensors[down].shape
+        precision = "bf16" if self.keeps_floats(list(tensors)) or hidden % 32 else "q8"
+        sources = {}
+        for name, tensor in tensors.items():
+            sources[name] = tensor.type.name, np.ascontiguousarray(tensor.read())
+            self.report[name] = f"{tensor.type.name} as {'q8 and ' if name == gate else ''}{precision}, by neuron"
+        return self.program.neuron_weights(
+            sources[up] if up else None,
+            sources[down],
+            count,
+            precision=precision,
+            gate=sources[gate] if gate else None,
+        )
+
+    def keeps_floats(self, names: list[str]) -> bool:
+        """Whether tensors are kept as bfloat16."""
+        floating = all(self.checkpoint.tensors[name].type.is_floating for name in names)
+        return self.precision == "bf16" or (self.precision == "auto" and floating)
 
     def signs(self, screen: HeadScreen) -> int:
         """Packs the screen's view of the head's rows."""
@@ -282,8 +300,16 @@ class DecoderProgram:
         """The gates of all neurons, or their values where they have no gate; then those beyond the threshold."""
         config, program, builder = self._config, self._program, self._builder
         gated = config.gated_mlp
-        weights = builder.weights([name + ("gate_proj" if gated else "up_proj")])
-        neurons = builder.neurons(name + "up_proj" if gated else None, name + "down_proj")
+        first = name + ("gate_proj" if gated else "up_proj")
+        # Few bits tell of most gates of ReLU that they are zero.
+        rounded = (
+            gated and config.hidden_act == "relu" and config.gate_quantile is None and config.hidden_size % 32 == 0
+        )
+        rounded = rounded and builder.keeps_floats([first])
+        weights = builder.weights([first], rounded=rounded)
+        neurons = builder.neurons(
+            name + "up_proj" if gated else None, name + "down_proj", gate=first if rounded else None
+        )
         activations = self._activation(weights)
         kept = self._kept_rows() if gated else -1
         program.norm_quantise(self._x, builder.vector(name + "ffn_norm"), [activations], config.rms_norm_eps, kept=kept)
