@@ -144,10 +144,15 @@ def test_what_rounded_gates_leave_no_doubt_about_rests(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_no_number_does_not_rest(isa: str) -> None:
+@pytest.mark.parametrize("rounded_gates", [False, True])
+def test_no_number_does_not_rest(isa: str, rounded_gates: bool) -> None:
     network = Network(2, 32, 20, 0.5)
     network.gates[1, 7] = np.nan
-    neurons, out = network.run(isa, precision="bf16", activation="relu", threshold=0.0)
+    options = {}
+    if rounded_gates:
+        network.x[1, 3] = np.nan
+        options = {"gate": source(np.ones((20, 32), np.float32))}
+    neurons, out = network.run(isa, precision="bf16", activation="relu", threshold=0.0, **options)
     assert np.isnan(neurons[1, 7])
     assert np.isnan(out[1]).all()
     assert np.isfinite(out[0]).all()

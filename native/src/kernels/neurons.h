@@ -80,7 +80,7 @@ void neurons_of_rounded_gates(const NeuronTask& task, int begin, int end) {
       begin, end, task.rows,
       [&](int n, int r) {
         const auto highest = S::fma(S::load(w.doubts() + n), S::set1(task.norms[r]), S::load(task.neurons + r * task.stride + n));
-        return at_work<S>(S::max(highest, S::zero()), task.threshold, n, end);
+        return at_work<S>(activate<S>(highest, task.activation), task.threshold, n, end);
       },
       [&](int n) { prefetch_run(w.neuron(n), w.neuron_bytes()); },
       [&](int n, int r, unsigned mask) {
