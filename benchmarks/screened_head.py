@@ -7,8 +7,7 @@ more had to be computed, and the time of the head and of whole steps of decoding
 Tokens are chosen greedily, one sequence a step, after every token of two texts and along the model's own answers.
 Draws at temperature 1 after one text are compared with the distribution by chi-square; its deviate is that of the
 normal distribution (Wilson and Hilferty). The time of a head is that of a step less that of the same model without
-one. The models take turns; of each the best turn counts, since what else the machine does makes a turn slower and none
-faster.
+one, the median over turns.
 """
 
 from __future__ import annotations

@@ -17,15 +17,17 @@ from fallow.evaluate.tasks import HarnessModel, TaskResult, Writing, accuracy, r
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.tokenizer import Tokenizer, load_tokenizer
 
-CHOICE = """\
-task: animals
+DATA = """\
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
+"""
+CHOICE = """\
+task: animals
 output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
 metric_list:
   - metric: acc
     aggregation: mean
@@ -33,13 +35,10 @@ metric_list:
 """
 WRITTEN = """\
 task: echoes
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
 output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{choices[0]}}}}"
-generation_kwargs: {{until: ["."], max_gen_toks: 7}}
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["."], max_gen_toks: 7}
 metric_list:
   - metric: exact_match
     aggregation: mean
@@ -47,12 +46,9 @@ metric_list:
 """
 ROLLING = """\
 task: prose
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{{{question}}}}"
+doc_to_target: "{{question}}"
 metric_list:
   - metric: bits_per_byte
     aggregation: bits_per_byte
@@ -79,7 +75,7 @@ def tasks(tmp_path: Path) -> dict[str, str]:
     data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
     files = {}
     for name, text in (("choice", CHOICE), ("written", WRITTEN), ("rolling", ROLLING)):
-        (tmp_path / f"{name}.yaml").write_text(text.format(data=data))
+        (tmp_path / f"{name}.yaml").write_text(DATA.format(data=data) + text)
         files[name] = str(tmp_path / f"{name}.yaml")
     return files
 
@@ -144,7 +140,7 @@ def test_answers_are_asked_for_as_the_task_says(folder: Path, runner: ModelRunne
     [("no-such-task", "no task of lm-eval"), ("gone.yaml", "There is no file"), ("broken.yaml", "cannot be run")],
 )
 def test_tasks_that_cannot_be_run(folder: Path, runner: ModelRunner, tmp_path: Path, task: str, message: str) -> None:
-    (tmp_path / "broken.yaml").write_text(CHOICE.format(data=tmp_path / "gone.jsonl"))
+    (tmp_path / "broken.yaml").write_text(DATA.format(data=tmp_path / "gone.jsonl") + CHOICE)
     named = str(tmp_path / task) if task.endswith(".yaml") else task
     with pytest.raises(FallowError, match=message):
         run_task(HarnessModel(runner, no_answers, load_tokenizer(folder)), named)

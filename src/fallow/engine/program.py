@@ -300,16 +300,10 @@ class DecoderProgram:
         """The gates of all neurons, or their values where they have no gate; then those beyond the threshold."""
         config, program, builder = self._config, self._program, self._builder
         gated = config.gated_mlp
-        first = name + ("gate_proj" if gated else "up_proj")
-        # Few bits tell of most gates of ReLU that they are zero.
-        rounded = (
-            gated and config.hidden_act == "relu" and config.gate_quantile is None and config.hidden_size % 32 == 0
-        )
-        rounded = rounded and builder.keeps_floats([first])
-        weights = builder.weights([first], rounded=rounded)
-        neurons = builder.neurons(
-            name + "up_proj" if gated else None, name + "down_proj", gate=first if rounded else None
-        )
+        gate, up = (name + "gate_proj", name + "up_proj") if gated else (None, None)
+        rounded = gate is not None and self._rounds_gates and builder.keeps_floats([gate])
+        weights = builder.weights([gate or name + "up_proj"], rounded=rounded)
+        neurons = builder.neurons(up, name + "down_proj", gate=gate if rounded else None)
         activations = self._activation(weights)
         kept = self._kept_rows() if gated else -1
         program.norm_quantise(self._x, builder.vector(name + "ffn_norm"), [activations], config.rms_norm_eps, kept=kept)
@@ -322,6 +316,12 @@ class DecoderProgram:
             program.above_threshold(self._inner, config.gate_quantile)
         program.neurons(kept, self._inner, neurons, activation=config.hidden_act, threshold=threshold)
         program.spread(self._inner, neurons, self._x)
+
+    @property
+    def _rounds_gates(self) -> bool:
+        """Few bits tell of most gates of ReLU that they are zero."""
+        config = self._config
+        return config.hidden_act == "relu" and config.gate_quantile is None and config.hidden_size % 32 == 0
 
     def _kept_rows(self) -> int:
         """A buffer for what is normalised and not rounded."""

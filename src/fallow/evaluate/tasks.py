@@ -4,11 +4,11 @@ package ``lm-eval``, of the extra ``eval``."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -19,22 +19,18 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from fallow.arrays import Float32
 from fallow.errors import FallowError
+from fallow.evaluate.divergence import Distribution
 from fallow.models.tokenizer import Tokenizer
 from fallow.terminal import Progress
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 DEFAULT_ANSWER_TOKENS = 256
 _ACCURACIES = ("acc", "exact_match", "acc_norm")  # what counts as accuracy, first found
 
 
-class Scorer(Protocol):
-    """What is needed of a ``ModelRunner``: its context in tokens, and logits ``[rows, vocab]``, some rows at a time."""
+class Scorer(Distribution, Protocol):
+    """What is needed of a ``ModelRunner``: its logits, and its context in tokens."""
 
     max_context: int
-
-    def logit_blocks(self, tokens: npt.ArrayLike) -> Iterator[Float32]: ...
 
 
 @dataclass(frozen=True)
