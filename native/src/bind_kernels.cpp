@@ -31,9 +31,10 @@ Memory padded_rows(const Matrix& x, size_t stride) {
 }
 
 NumpyFloats linear(const std::string& isa, const std::vector<WeightSource>& sources, const Matrix& x, bool interleave, bool asymmetric,
-                   const std::string& precision, const std::string& epilogue, const Matrix& initial) {
+                   const std::string& precision, const std::string& epilogue, const Matrix& initial, const std::string& layout,
+                   const std::optional<Matrix>& gates, const std::string& activation, float threshold) {
   const Kernels& kernels = kernels_of(isa);
-  const PackedLinear w = pack_sources(sources, static_cast<int>(x.shape(1)), interleave, asymmetric, precision);
+  const PackedLinear w = pack_sources(sources, static_cast<int>(x.shape(1)), interleave, asymmetric, precision, layout);
   const ActivationFormat format = ActivationFormat::of(w);
   const Epilogue e = epilogue_of(epilogue);
   const size_t columns = is_gate(e) ? w.out_features / 2 : w.out_features;
@@ -46,8 +47,19 @@ NumpyFloats linear(const std::string& isa, const std::vector<WeightSource>& sour
     kernels.quantise(inputs.as<float>() + r * rounded(x.shape(1), lanes), format, activations.data() + r * format.row_bytes(), 0, format.groups());
   }
   const Memory out = padded_rows(initial, stride);
-  Memory scratch(linear_scratch_bytes(w.in_features));
-  kernels.linear({&w, format, activations.data(), rows, out.as<float>(), stride, nullptr, e}, 0, (w.tiles + 1) / 2 * 2, scratch.data());
+  Memory scratch(linear_scratch_bytes(w));
+  LinearTask task{&w, format, activations.data(), rows, out.as<float>(), stride, nullptr, e};
+  Memory gate_rows;
+  if ((w.layout == Layout::rows) != gates.has_value()) throw std::invalid_argument("weights by rows are chosen by gates, others are not");
+  if (gates) {
+    if (gates->shape(0) != x.shape(0) || gates->shape(1) != columns) throw std::invalid_argument("gates have another shape than the result");
+    gate_rows = padded_rows(*gates, stride);
+    task.gates = gate_rows.as<float>();
+    task.gates_stride = stride;
+    task.activation = activation_of(activation);
+    task.threshold = threshold;
+  }
+  (w.layout == Layout::tiles ? kernels.linear : kernels.sparse_linear)(task, 0, (w.tiles + 1) / 2 * 2, scratch.data());
   std::vector<float> values(rows * columns);
   for (int r = 0; r < rows; ++r) std::memcpy(values.data() + r * columns, out.as<float>() + r * stride, columns * sizeof(float));
   return owned<float>(std::move(values), {static_cast<size_t>(rows), columns});
@@ -260,7 +272,8 @@ NumpyFloats noise(const std::string& isa, int count, uint64_t seed, uint64_t dra
 
 void bind_kernels(nb::module_& m) {
   m.def("linear", &linear, "isa"_a, "sources"_a, "x"_a, nb::kw_only(), "interleave"_a = false, "asymmetric"_a = false,
-        "precision"_a = "own", "epilogue"_a = "store", "initial"_a);
+        "precision"_a = "own", "epilogue"_a = "store", "initial"_a, "layout"_a = "tiles", "gates"_a.none() = nb::none(), "activation"_a = "silu",
+        "threshold"_a = 0.f);
   m.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a);
   m.def("gate", &gate, "isa"_a, "gate"_a, "up"_a, nb::kw_only(), "activation"_a);
   m.def("mix", &mix, "isa"_a, "x"_a, "first"_a, nb::kw_only(), "keep"_a, "again"_a);
@@ -274,13 +287,14 @@ void bind_kernels(nb::module_& m) {
   m.def("noise", &noise, "isa"_a, "count"_a, nb::kw_only(), "seed"_a, "draw"_a);
   m.def(
       "unpack",
-      [](const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision) {
-        const PackedLinear w = pack_sources(sources, in_features, interleave, asymmetric, precision);
+      [](const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision,
+         const std::string& layout) {
+        const PackedLinear w = pack_sources(sources, in_features, interleave, asymmetric, precision, layout);
         std::vector<float> values(static_cast<size_t>(w.out_features) * in_features);
         for (int t = 0; t < w.out_features; ++t) unpack_row(w, t, values.data() + static_cast<size_t>(t) * in_features);
         return owned<float>(std::move(values), {static_cast<size_t>(w.out_features), static_cast<size_t>(in_features)});
       },
-      "sources"_a, "in_features"_a, nb::kw_only(), "interleave"_a = false, "asymmetric"_a = false, "precision"_a = "own");
+      "sources"_a, "in_features"_a, nb::kw_only(), "interleave"_a = false, "asymmetric"_a = false, "precision"_a = "own", "layout"_a = "tiles");
 }
 
 }  // namespace fallow

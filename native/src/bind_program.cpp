@@ -82,10 +82,9 @@ void bind_program(nb::module_& m) {
           "vector", [](Program& p, const Floats& v) { return p.add_vector(std::vector<float>(v.data(), v.data() + v.size())); }, "values"_a)
       .def(
           "weights",
-          [](Program& p, const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision) {
-            return p.add_weights(pack_sources(sources, in_features, interleave, asymmetric, precision));
-          },
-          "sources"_a, "in_features"_a, nb::kw_only(), "interleave"_a = false, "asymmetric"_a = false, "precision"_a = "own")
+          [](Program& p, const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision,
+             const std::string& layout) { return p.add_weights(pack_sources(sources, in_features, interleave, asymmetric, precision, layout)); },
+          "sources"_a, "in_features"_a, nb::kw_only(), "interleave"_a = false, "asymmetric"_a = false, "precision"_a = "own", "layout"_a = "tiles")
       .def(
           "neuron_weights",
           [](Program& p, const std::optional<WeightSource>& up, const WeightSource& down, int count, const std::string& precision,
@@ -115,13 +114,17 @@ void bind_program(nb::module_& m) {
             p.add(op::NormQuantise{x, weight, out, eps, kept});
           },
           "x"_a, "weight"_a, "out"_a, "eps"_a, nb::kw_only(), "kept"_a = -1)
-      .def("quantise", [](Program& p, int x, int out) { p.add(op::Quantise{x, out}); }, "x"_a, "out"_a)
+      .def(
+          "quantise", [](Program& p, int x, int out, float threshold) { p.add(op::Quantise{x, out, threshold}); }, "x"_a, "out"_a, nb::kw_only(),
+          "threshold"_a = 0.f)
       .def(
           "linear",
-          [](Program& p, int activations, int weights, int out, int bias, int column, const std::string& epilogue) {
-            p.add(op::Linear{activations, weights, bias, out, column, epilogue_of(epilogue)});
+          [](Program& p, int activations, int weights, int out, int bias, int column, const std::string& epilogue, int gates,
+             const std::string& activation, float threshold) {
+            p.add(op::Linear{activations, weights, bias, out, column, epilogue_of(epilogue), -1, gates, activation_of(activation), threshold});
           },
-          "activations"_a, "weights"_a, "out"_a, nb::kw_only(), "bias"_a = -1, "column"_a = 0, "epilogue"_a = "store")
+          "activations"_a, "weights"_a, "out"_a, nb::kw_only(), "bias"_a = -1, "column"_a = 0, "epilogue"_a = "store", "gates"_a = -1,
+          "activation"_a = "silu", "threshold"_a = 0.f)
       .def(
           "rope",
           [](Program& p, int qkv, int table, int rotary_dim, int q_norm, int k_norm, float eps, int layer) {

@@ -123,7 +123,9 @@ void Program::centre_norm(size_t index, const Sums& totals, int sequences, int l
     products.push_back({linear->weights, {{norm.centre, bias}}});
   }
   // What a linear has put through an activation can take no more: there the first token is centred as all others are.
-  const auto is_sum = [](const op::Linear* linear) { return linear->epilogue == Epilogue::store || linear->epilogue == Epilogue::add; };
+  const auto is_sum = [](const op::Linear* linear) {
+    return (linear->epilogue == Epilogue::store || linear->epilogue == Epilogue::add) && linear->gates < 0;
+  };
   if (!std::all_of(linears.begin(), linears.end(), is_sum)) return;
   norm.first_centre = add_vector(first);
   std::vector<float> beyond(first.size());

@@ -136,8 +136,11 @@ void Program::execute(const op::Quantise& o, int, int, const Part& part) {
   // By columns a thread reads what it wrote in the linear before.
   const int begin = part.first_of(f.groups());
   const int end = part.end_of(f.groups());
-  fetching_ahead(o.x, begin * f.group, (end - begin) * f.group, part,
-                 [&](int r) { kernels_.quantise(row(o.x, r, part), f, activation_row(o.out, r, part), begin, end); });
+  const int width = f.in_features / f.groups();
+  fetching_ahead(o.x, begin * width, (end - begin) * width, part, [&](int r) {
+    if (o.threshold > 0.f) kernels_.zero_within(row(o.x, r, part) + begin * width, (end - begin) * width, o.threshold);
+    kernels_.quantise(row(o.x, r, part), f, activation_row(o.out, r, part), begin, end);
+  });
 }
 
 void Program::execute(const op::Linear& o, int index, int thread, const Part& part) {
@@ -151,11 +154,17 @@ void Program::execute(const op::Linear& o, int index, int thread, const Part& pa
                         buffers_[o.out].stride,
                         o.bias < 0 ? nullptr : vectors_[o.bias].data(),
                         o.epilogue,
-                        pages_ahead(index, thread)};
-  uint8_t* scratch = scratch_[thread].linear.data();
-  const int begin = 2 * part.first_of((w.tiles + 1) / 2);
-  const int end = 2 * part.end_of((w.tiles + 1) / 2);
-  kernels_.linear(task, begin, end, scratch);
+                        pages_ahead(index, thread),
+                        nullptr,
+                        o.gates < 0 ? nullptr : row(o.gates, part.begin, part),
+                        o.gates < 0 ? 0 : buffers_[o.gates].stride,
+                        o.activation,
+                        o.threshold};
+  const int unit = w.layout == Layout::columns ? block_tiles : 2;
+  const int units = (w.tiles + unit - 1) / unit;
+  const int begin = unit * part.first_of(units);
+  const int end = unit * part.end_of(units);
+  (w.layout == Layout::tiles ? kernels_.linear : kernels_.sparse_linear)(task, begin, end, scratch_[thread].linear.data());
   for (int r = part.begin; o.first_bias >= 0 && r < part.end; ++r) {
     if (position(index, r) != 0) continue;
     const int first = begin * lanes;
@@ -165,7 +174,7 @@ void Program::execute(const op::Linear& o, int index, int thread, const Part& pa
   const int next = next_linear_[index];
   if (next < 0) return;
   const PackedLinear& after = *weights_[next];
-  const uint8_t* p = after.tile(2 * part.first_of((after.tiles + 1) / 2));
+  const uint8_t* p = after.first_of(2 * part.first_of((after.tiles + 1) / 2));
   const uint8_t* last = after.data + after.bytes;
   for (size_t line = 0; line < next_bytes && p + line < last; line += cache_line) prefetch_far(p + line);
 }

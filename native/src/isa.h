@@ -10,14 +10,15 @@
 #include "kernels/pages.h"
 #include "kernels/rope.h"
 #include "kernels/signs.h"
+#include "kernels/sparse_linear.h"
 #include "kernels/threshold.h"
 
 namespace fallow {
 
 template <class S>
 constexpr Kernels make_kernels() {
-  return {S::name,          kernels::linear<S>,   kernels::quantise<S>, kernels::rms_norm<S>,  kernels::add<S>,   kernels::gate<S>,
-          kernels::mix<S>,  kernels::soft_cap<S>, kernels::above_threshold<S>, kernels::rope<S>, kernels::attention<S>, kernels::merge<S>,
+  return {S::name,          kernels::linear<S>,   kernels::sparse_linear<S>, kernels::quantise<S>, kernels::rms_norm<S>,  kernels::add<S>,   kernels::gate<S>,
+          kernels::mix<S>,  kernels::soft_cap<S>, kernels::above_threshold<S>, kernels::zero_within<S>, kernels::rope<S>, kernels::attention<S>, kernels::merge<S>,
           kernels::finish<S>, kernels::summarise<S>, kernels::choose_pages<S>, kernels::neurons<S>, kernels::spread<S>,
           kernels::perturb<S>, kernels::screen<S>, kernels::screened_peaks<S>};
 }

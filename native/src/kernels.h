@@ -43,6 +43,12 @@ struct LinearTask {
   Epilogue epilogue;
   PagesAhead ahead = {};  // this thread's part
   const int32_t* tiles = nullptr;  // an even number of those that are computed, of which [begin, end) are taken; null: all
+  // Of weights that lie by rows: one computes products of those rows whose activated gate is beyond the threshold, and
+  // multiplies them with it; all others are zero.
+  const float* gates = nullptr;  // [rows][gates_stride]
+  size_t gates_stride = 0;
+  Activation activation = Activation::silu;
+  float threshold = 0.f;
 };
 
 // Where the KV cache of one layer keeps its pages. Of a page: for each KV head its keys, bfloat16
@@ -167,8 +173,10 @@ struct NoiseKey {
 
 struct Kernels {
   const char* name;
-  // Tiles [begin, end) of the weights, or of the list of them; begin even. scratch: linear_scratch_bytes(in_features).
+  // Tiles [begin, end) of the weights, or of the list of them; begin even. scratch: linear_scratch_bytes.
   void (*linear)(const LinearTask&, int begin, int end, uint8_t* scratch);
+  // The same of weights that lie by rows, or by columns: then whole blocks of tiles.
+  void (*sparse_linear)(const LinearTask&, int begin, int end, uint8_t* scratch);
   // Groups [begin, end) of a row of activations; bf16 has one group of the whole row.
   void (*quantise)(const float* x, const ActivationFormat&, uint8_t* row, int begin, int end);
   void (*rms_norm)(const NormTask&, float* out);
@@ -179,6 +187,8 @@ struct Kernels {
   void (*soft_cap)(float* x, int width, float cap);
   // A row's values less its mean and `quantile` standard deviations, zero where that is negative.
   void (*above_threshold)(float* x, int width, float quantile);
+  // Values that are not beyond the threshold become zero.
+  void (*zero_within)(float* x, int width, float threshold);
   void (*rope)(const RopeTask&);
   // Attention of all queries of the task to one segment of their keys. Query (row, head of the group) is number
   // row * group + head: its partial and its values [padded_dim]. scratch: attention_scratch_floats floats.
@@ -202,7 +212,26 @@ struct Kernels {
   void (*screened_peaks)(const PackedSigns&, const float* logits, float margin, int begin, int end, float* peaks);
 };
 
-inline size_t linear_scratch_bytes(int in_features) { return static_cast<size_t>(in_features) * lanes * 2; }
+// What linears of weights that lie by rows or by columns keep in their scratch memory, one after the other: numbers of what
+// works; tiles that they make; the codes of these in 8 bits.
+struct SparseScratch {
+  explicit SparseScratch(const PackedLinear& w)
+      : tiles(w.layout == Layout::rows ? 2 : block_tiles),
+        tile_bytes(w.tile_bytes + 256),  // transposing writes whole quads of scales and pairs, of which the last may be over
+        wide_bytes(static_cast<size_t>(w.in_features) * lanes),
+        list_bytes(ActivationFormat::align(sizeof(int32_t) * (w.layout == Layout::rows ? w.out_features + 2 * lanes : w.in_features + w.groups + 2))) {}
+  int tiles;
+  size_t tile_bytes, wide_bytes, list_bytes;
+
+  int32_t* list(uint8_t* memory) const { return reinterpret_cast<int32_t*>(memory); }
+  uint8_t* tile(uint8_t* memory, int t) const { return memory + list_bytes + t * tile_bytes; }
+  uint8_t* wide(uint8_t* memory, int t) const { return memory + list_bytes + tiles * tile_bytes + t * wide_bytes; }
+  size_t bytes() const { return list_bytes + tiles * (tile_bytes + wide_bytes); }
+};
+
+inline size_t linear_scratch_bytes(const PackedLinear& w) {
+  return w.layout == Layout::tiles ? static_cast<size_t>(w.in_features) * lanes * 2 : SparseScratch(w).bytes();
+}
 
 constexpr int max_head_dim = 512;
 constexpr int attention_block = 24;  // queries that a task holds at most

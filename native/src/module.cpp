@@ -15,15 +15,23 @@ RowSource source_of(const WeightSource& source) {
   return {type, data.data(), data.size(), static_cast<int>(data.shape(0))};
 }
 
+Layout layout_of(const std::string& name) {
+  if (name == "tiles") return Layout::tiles;
+  if (name == "rows") return Layout::rows;
+  if (name == "columns") return Layout::columns;
+  throw std::invalid_argument("layout " + name + " is not known");
+}
+
 }  // namespace
 
-PackedLinear pack_sources(const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision) {
+PackedLinear pack_sources(const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision,
+                          const std::string& layout) {
   std::vector<RowSource> rows;
   for (const auto& source : sources) {
     rows.push_back(source_of(source));
   }
   const nb::gil_scoped_release release;
-  return pack_linear(rows, in_features, {interleave, asymmetric, precision});
+  return pack_linear(rows, in_features, {interleave, asymmetric, precision, layout_of(layout)});
 }
 
 PackedNeurons pack_neuron_sources(const std::optional<WeightSource>& up, const WeightSource& down, int count, const std::string& precision,

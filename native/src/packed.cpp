@@ -170,48 +170,75 @@ void check_size(const RowSource& source, const Storage& s, int in_features) {
 
 size_t align64(size_t n) { return (n + 63) / 64 * 64; }
 
-void put_codes(const PackedLinear& w, uint8_t* tile, int lane, const std::vector<uint8_t>& codes) {
-  if (w.codes == Codes::q8) {
-    for (int k = 0; k < w.in_features; ++k) tile[(k / 4) * 64 + lane * 4 + k % 4] = codes[k];
-    return;
+// Where a quantised row of the weights keeps what, in any layout.
+struct Place {
+  const PackedLinear& w;
+  uint8_t* unit;
+  int tile, lane;  // of a block, of a tile
+
+  Place(const PackedLinear& w, int row)
+      : w(w),
+        unit(w.unit(w.layout == Layout::tiles ? row / lanes : (w.layout == Layout::rows ? row : row / lanes / block_tiles))),
+        tile(w.layout == Layout::columns ? row / lanes % block_tiles : 0),
+        lane(w.layout == Layout::rows ? 0 : row % lanes) {}
+
+  uint8_t* quad_byte(int k) const { return unit + static_cast<size_t>(k / 4) * 64 + lane * 4 + k % 4; }  // 8-bit codes in tiles
+  // The byte of a 4-bit code, and whether it is the high half.
+  uint8_t* byte(int k) const {
+    const int g = k / 32;
+    const int i = k % 16;
+    if (w.layout == Layout::rows) return unit + g * 16 + i;
+    if (w.layout == Layout::columns) return unit + w.unit_codes_at + static_cast<size_t>(k) * 64 + lane / 4 * 16 + tile / 2 * 4 + lane % 4;
+    return unit + g * 256 + i / 4 * 64 + lane * 4 + i % 4;
   }
-  for (int g = 0; g < w.groups; ++g) {
-    for (int i = 0; i < 16; ++i) {
-      tile[g * 256 + (i / 4) * 64 + lane * 4 + i % 4] =
-          static_cast<uint8_t>(codes[g * 32 + i] | (codes[g * 32 + 16 + i] << 4));
+  bool is_high(int k) const { return w.layout == Layout::columns ? tile % 2 == 1 : k % 32 >= 16; }
+  // The scale of group `i`, or pair `i`, among those of the row.
+  size_t number(int i) const {
+    if (w.layout == Layout::rows) return i;
+    return (static_cast<size_t>(i) * (w.layout == Layout::columns ? block_tiles : 1) + tile) * lanes + lane;
+  }
+  float& f32_scale(int g) const { return reinterpret_cast<float*>(unit + w.unit_scales_at)[number(g)]; }
+  uint16_t& f16_scale(int g) const { return reinterpret_cast<uint16_t*>(unit + w.unit_scales_at)[number(g)]; }
+  uint16_t* pair(int p) const { return reinterpret_cast<uint16_t*>(unit + w.unit_pairs_at) + number(p) * 2; }
+
+  int code(int k) const {
+    if (w.codes == Codes::q8) return *quad_byte(k);
+    return is_high(k) ? *byte(k) >> 4 : *byte(k) & 15;
+  }
+  void put_code(int k, uint8_t code) const {
+    if (w.codes == Codes::q8) {
+      *quad_byte(k) = code;
+    } else {
+      *byte(k) = static_cast<uint8_t>(*byte(k) | (is_high(k) ? code << 4 : code));  // memory comes zeroed
     }
   }
-}
+};
 
-uint16_t* pair_slot(const PackedLinear& w, uint8_t* tile, int pair, int lane) {
-  return reinterpret_cast<uint16_t*>(tile + w.pairs_at) + (static_cast<size_t>(pair) * lanes + lane) * 2;
-}
-
-void put_row(const PackedLinear& w, uint8_t* tile, int lane, const CodedRow& row) {
-  put_codes(w, tile, lane, row.codes);
+void put_row(const PackedLinear& w, int row, const CodedRow& coded) {
+  const Place place(w, row);
+  for (int k = 0; k < w.in_features; ++k) place.put_code(k, coded.codes[k]);
   for (int g = 0; g < w.groups; ++g) {
-    const size_t at = static_cast<size_t>(g) * lanes + lane;
-    if (w.scales == Scales::f32) reinterpret_cast<float*>(tile + w.scales_at)[at] = row.scales[g];
+    if (w.scales == Scales::f32) place.f32_scale(g) = coded.scales[g];
     float sum = 0.f;
     if (w.pairs_kind == Pairs::sums || w.pairs_kind == Pairs::both) {
       int total = 0;
-      for (int i = 0; i < w.group; ++i) total += row.codes[g * w.group + i] - w.zero();
-      sum = row.scales[g] * static_cast<float>(total) + row.offsets[g] * static_cast<float>(w.group);
+      for (int i = 0; i < w.group; ++i) total += coded.codes[g * w.group + i] - w.zero();
+      sum = coded.scales[g] * static_cast<float>(total) + coded.offsets[g] * static_cast<float>(w.group);
     }
-    if (w.pairs_kind == Pairs::offsets) pair_slot(w, tile, g / 2, lane)[g % 2] = float_to_bf16(row.offsets[g]);
+    if (w.pairs_kind == Pairs::offsets) place.pair(g / 2)[g % 2] = float_to_bf16(coded.offsets[g]);
     if (w.pairs_kind == Pairs::sums || w.pairs_kind == Pairs::both) {
-      uint16_t* slot = pair_slot(w, tile, w.pairs_kind == Pairs::both ? 2 * g : g, lane);
+      uint16_t* slot = place.pair(w.pairs_kind == Pairs::both ? 2 * g : g);
       slot[0] = float_to_bf16(sum);
       slot[1] = float_to_bf16(sum - bf16_to_float(slot[0]));
     }
-    if (w.pairs_kind == Pairs::both) pair_slot(w, tile, 2 * g + 1, lane)[0] = float_to_bf16(row.offsets[g]);
+    if (w.pairs_kind == Pairs::both) place.pair(2 * g + 1)[0] = float_to_bf16(coded.offsets[g]);
   }
 }
 
 // The float16 scales are kept as they are in the file: the bits are copied, not converted back.
-void put_f16_scales(const PackedLinear& w, uint8_t* tile, int lane, const Storage& s, const uint8_t* p) {
-  auto* scales = reinterpret_cast<uint16_t*>(tile + w.scales_at);
-  for (int g = 0; g < w.groups; ++g) scales[static_cast<size_t>(g) * lanes + lane] = read16(p + static_cast<size_t>(g) * s.bytes);
+void put_f16_scales(const PackedLinear& w, int row, const Storage& s, const uint8_t* p) {
+  const Place place(w, row);
+  for (int g = 0; g < w.groups; ++g) place.f16_scale(g) = read16(p + static_cast<size_t>(g) * s.bytes);
 }
 
 PackedLinear layout(const Storage& s, int rows, int in_features, const PackOptions& options) {
@@ -238,8 +265,26 @@ PackedLinear layout(const Storage& s, int rows, int in_features, const PackOptio
   const size_t scale_bytes = static_cast<size_t>(w.groups) * lanes * (w.scales == Scales::f16 ? 2 : 4);
   w.pairs_at = w.scales_at + align64(scale_bytes);
   w.tile_bytes = w.pairs_at + static_cast<size_t>(w.pairs) * lanes * 4;
-  // Kernels read two tiles at a time: an odd count gets one more, all zero.
-  w.bytes = static_cast<size_t>(w.tiles + w.tiles % 2) * w.tile_bytes;
+  w.layout = options.layout;
+  size_t units = 0;
+  if (w.layout == Layout::tiles) {
+    w.unit_scales_at = w.scales_at;
+    w.unit_pairs_at = w.pairs_at;
+    w.unit_bytes = w.tile_bytes;
+    units = static_cast<size_t>(w.tiles + w.tiles % 2);  // kernels read two at a time: an odd count gets one more, all zero
+  } else if (w.layout == Layout::rows) {
+    const auto align16 = [](size_t n) { return (n + 15) / 16 * 16; };
+    w.unit_scales_at = static_cast<size_t>(in_features) / 2;
+    w.unit_pairs_at = w.unit_scales_at + align16(scale_bytes / lanes);
+    w.unit_bytes = align64(w.unit_pairs_at + align16(static_cast<size_t>(w.pairs) * 4));
+    units = static_cast<size_t>(rows);
+  } else {
+    w.unit_scales_at = static_cast<size_t>(w.pairs) * lanes * block_tiles * 4;
+    w.unit_codes_at = w.unit_scales_at + align64(scale_bytes * block_tiles);
+    w.unit_bytes = w.unit_codes_at + static_cast<size_t>(in_features) * 64;
+    units = static_cast<size_t>(w.blocks());
+  }
+  w.bytes = units * w.unit_bytes;
   w.memory = Memory(w.bytes);
   w.data = w.memory.data();
   return w;
@@ -299,6 +344,9 @@ PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features,
   if (options.interleave && (sources.size() != 2 || sources[0].rows != sources[1].rows || sources[0].rows % lanes != 0)) {
     throw std::invalid_argument("only two sources of equal height, a multiple of 16, can be interleaved");
   }
+  if (options.layout != Layout::tiles && (!own || s.codes != Codes::q4 || options.interleave)) {
+    throw std::invalid_argument("only 4-bit weights that are not interleaved can lie by rows or columns");
+  }
   PackedLinear w = layout(s, rows, in_features, options);
   CodedRow coded;
   std::vector<float> values;
@@ -309,12 +357,11 @@ PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features,
     const size_t row_bytes = static_cast<size_t>(in_features) / from.block * from.bytes;
     for (int r = 0; r < source.rows; ++r) {
       const uint8_t* p = source.data + r * row_bytes;
-      const int tile_index = options.interleave ? r / lanes * 2 + static_cast<int>(n) : (base + r) / lanes;
-      const int lane = options.interleave ? r % lanes : (base + r) % lanes;
-      uint8_t* tile = w.tile(tile_index);
+      const int row = options.interleave ? (r / lanes * 2 + static_cast<int>(n)) * lanes + r % lanes : base + r;
       if (w.codes == Codes::bf16) {
         decode_row(from, p, in_features, coded, values);
-        auto* out = reinterpret_cast<uint16_t*>(tile);
+        const int lane = row % lanes;
+        auto* out = reinterpret_cast<uint16_t*>(w.tile(row / lanes));
         for (int k = 0; k < in_features; ++k) {
           out[(static_cast<size_t>(k / 2) * lanes + lane) * 2 + k % 2] =
               from.name == std::string("BF16") ? read16(p + 2 * static_cast<size_t>(k)) : float_to_bf16(values[k]);
@@ -322,11 +369,11 @@ PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features,
       } else if (options.precision == "q8") {
         decode_row(from, p, in_features, coded, values);
         code_row_q8(values.data(), in_features, w.group, coded);
-        put_row(w, tile, lane, coded);
+        put_row(w, row, coded);
       } else {
         code_row(from, p, in_features, coded);
-        put_row(w, tile, lane, coded);
-        if (w.scales == Scales::f16) put_f16_scales(w, tile, lane, from, p);
+        put_row(w, row, coded);
+        if (w.scales == Scales::f16) put_f16_scales(w, row, from, p);
       }
     }
     base += source.rows;
@@ -340,33 +387,18 @@ void PackedLinear::move_to(Arena& arena) {
 }
 
 void unpack_row(const PackedLinear& w, int row, float* out) {
-  const uint8_t* tile = w.tile(row / lanes);
-  const int lane = row % lanes;
   if (w.codes == Codes::bf16) {
-    const auto* p = reinterpret_cast<const uint16_t*>(tile);
-    for (int k = 0; k < w.in_features; ++k) out[k] = bf16_to_float(p[(static_cast<size_t>(k / 2) * lanes + lane) * 2 + k % 2]);
+    const auto* p = reinterpret_cast<const uint16_t*>(w.tile(row / lanes));
+    for (int k = 0; k < w.in_features; ++k) out[k] = bf16_to_float(p[(static_cast<size_t>(k / 2) * lanes + row % lanes) * 2 + k % 2]);
     return;
   }
+  const Place place(w, row);
   for (int g = 0; g < w.groups; ++g) {
-    const size_t at = static_cast<size_t>(g) * lanes + lane;
-    const uint8_t* scales = tile + w.scales_at;
-    const float scale = w.scales == Scales::f16 ? f16_to_float(reinterpret_cast<const uint16_t*>(scales)[at])
-                                                : reinterpret_cast<const float*>(scales)[at];
-    const auto* pairs = reinterpret_cast<const uint16_t*>(tile + w.pairs_at);
+    const float scale = w.scales == Scales::f16 ? f16_to_float(place.f16_scale(g)) : place.f32_scale(g);
     float offset = 0.f;
-    if (w.pairs_kind == Pairs::offsets) offset = bf16_to_float(pairs[(static_cast<size_t>(g / 2) * lanes + lane) * 2 + g % 2]);
-    if (w.pairs_kind == Pairs::both) offset = bf16_to_float(pairs[(static_cast<size_t>(2 * g + 1) * lanes + lane) * 2]);
-    for (int i = 0; i < w.group; ++i) {
-      const int k = g * w.group + i;
-      int code = 0;
-      if (w.codes == Codes::q8) {
-        code = tile[(k / 4) * 64 + lane * 4 + k % 4];
-      } else {
-        const uint8_t byte = tile[g * 256 + (i % 16 / 4) * 64 + lane * 4 + i % 4];
-        code = i < 16 ? byte & 15 : byte >> 4;
-      }
-      out[k] = scale * static_cast<float>(code - w.zero()) + offset;
-    }
+    if (w.pairs_kind == Pairs::offsets) offset = bf16_to_float(place.pair(g / 2)[g % 2]);
+    if (w.pairs_kind == Pairs::both) offset = bf16_to_float(place.pair(2 * g + 1)[0]);
+    for (int k = g * w.group; k < (g + 1) * w.group; ++k) out[k] = scale * static_cast<float>(place.code(k) - w.zero()) + offset;
   }
 }
 

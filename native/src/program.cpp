@@ -100,7 +100,7 @@ void Program::finish(int logits_buffer) {
     kinds[i] = kind;
   };
   int widest = 1;
-  int widest_linear = 1;
+  size_t linear_scratch = 1;
   // Weights that are read with these activations.
   const auto reading = [&](int activations, int weights) -> const PackedLinear& {
     use(activation_kind, activations);
@@ -111,7 +111,7 @@ void Program::finish(int logits_buffer) {
     require(w.codes == Codes::bf16 || (f.group == w.group && f.pairs_kind == w.pairs_kind &&
                                        f.asymmetric == (w.pairs_kind == Pairs::sums || w.pairs_kind == Pairs::both)),
             "linear: activations are grouped otherwise than the weights");
-    widest_linear = std::max(widest_linear, w.in_features);
+    linear_scratch = std::max(linear_scratch, linear_scratch_bytes(w));
     return w;
   };
   row_kind_.clear();
@@ -146,6 +146,7 @@ void Program::finish(int logits_buffer) {
               use(buffer_kind, o.x);
               use(activation_kind, o.out);
               require(activations_.at(o.out).format.in_features <= width(o.x), "quantise: activations are too wide");
+              require(o.threshold >= 0.f && std::isfinite(o.threshold), "quantise: the threshold must be a number of at least 0");
             },
             [&](const op::Linear& o) {
               use(buffer_kind, o.out);
@@ -154,6 +155,14 @@ void Program::finish(int logits_buffer) {
               require(!gated || w.out_features % (2 * lanes) == 0, "linear: gated weights need rows in multiples of 32");
               require(o.column >= 0 && o.column + (gated ? w.out_features / 2 : w.out_features) <= width(o.out),
                       "linear: the buffer is too narrow");
+              require((w.layout == Layout::rows) == (o.gates >= 0), "linear: gates choose among weights that lie by rows, and those need them");
+              require(!gated || w.layout == Layout::tiles, "linear: gated weights lie in tiles");
+              if (o.gates >= 0) {
+                use(buffer_kind, o.gates);
+                require(o.epilogue == Epilogue::store && o.column == 0 && o.gates != o.out, "linear: what gates choose is stored, elsewhere than they are");
+                require(width(o.gates) == w.out_features && w.out_features % lanes == 0, "linear: gates are as many as rows, a multiple of 16");
+                require(o.threshold >= 0.f && std::isfinite(o.threshold), "linear: the threshold must be a number of at least 0");
+              }
               if (o.bias >= 0) vector_of(o.bias, w.out_features);
             },
             [&](const op::Rope& o) {
@@ -243,7 +252,8 @@ void Program::finish(int logits_buffer) {
             [&](const op::Rescore& o) {
               require(row_kind_.size() > 0 && std::holds_alternative<op::Shortlist>(operations_[row_kind_.size() - 1]) && o.out == logits_buffer,
                       "rescore: it follows a shortlist");
-              require(reading(o.activations, o.weights).out_features == width(o.out), "rescore: the weights have another vocabulary than the logits");
+              const PackedLinear& w = reading(o.activations, o.weights);
+              require(w.layout == Layout::tiles && w.out_features == width(o.out), "rescore: the weights lie otherwise, or have another vocabulary than the logits");
               require(o.cap >= 0.f && std::isfinite(o.cap), "rescore: the cap must be a number of at least 0");
             },
         },
@@ -284,7 +294,7 @@ void Program::finish(int logits_buffer) {
   queries_ = Memory(limits_.max_tokens * layout_.num_heads * padded_dim * sizeof(uint16_t));
   for (int t = 0; t < pool_.size(); ++t) {
     ThreadScratch s;
-    s.linear = Memory(linear_scratch_bytes(widest_linear));
+    s.linear = Memory(linear_scratch);
     s.row = Memory((widest + lanes) * sizeof(float));
     s.scores = Memory(attention_scratch_floats * sizeof(float));
     s.values = Memory(attention_block * padded_dim * sizeof(float));
@@ -333,6 +343,7 @@ void Program::find_runs() {
                    [&](const op::Quantise& o) { reads(o.x); },
                    [&](const op::Linear& o) {
                      if (o.epilogue == Epilogue::add) reads(o.out);
+                     if (o.gates >= 0) reads(o.gates);
                      writes(o.out);
                    },
                    [&](const op::Rope& o) { reads(o.qkv); },
@@ -372,7 +383,8 @@ void Program::find_aheads() {
     int64_t total = 0;
     const auto for_linears = [&](const auto& f) {
       for (size_t k = begin; k < i; ++k) {
-        if (const auto* linear = std::get_if<op::Linear>(&operations_[k])) f(ahead_[k], *weights_[linear->weights]);
+        const auto* linear = std::get_if<op::Linear>(&operations_[k]);
+        if (linear != nullptr && weights_[linear->weights]->layout == Layout::tiles) f(ahead_[k], *weights_[linear->weights]);
       }
     };
     const PageChoice& choice = attention->choice;

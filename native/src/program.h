@@ -49,13 +49,18 @@ struct NormQuantise {  // the same, straight into activations
   // is unlike all others and has a mean of its own.
   int centre = -1, first_centre = -1;
 };
-struct Quantise {
+struct Quantise {  // what is not beyond the threshold becomes zero before
   int x, out;
+  float threshold = 0.f;
 };
 struct Linear {
   int activations, weights, bias, out, column;  // bias: vector or -1
   Epilogue epilogue;
   int first_bias = -1;  // vector that is added to the first token of a text afterwards, or -1
+  // Of weights that lie by rows: the gates that decide which are computed, and what their activations must be beyond.
+  int gates = -1;
+  Activation activation = Activation::silu;
+  float threshold = 0.f;
 };
 struct Rope {
   int qkv, table, rotary_dim, q_norm, k_norm;  // norms: vector or -1

@@ -120,6 +120,39 @@ struct Avx2 {
     const __m256i m = _mm256_set1_epi8(15);
     return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
   }
+  static void interleave_bytes(I (&v)[4]) {
+    const auto halves = [](__m256i (&h)[4]) {
+      const __m256i low[2] = {_mm256_unpacklo_epi8(h[0], h[1]), _mm256_unpacklo_epi8(h[2], h[3])};
+      const __m256i high[2] = {_mm256_unpackhi_epi8(h[0], h[1]), _mm256_unpackhi_epi8(h[2], h[3])};
+      h[0] = _mm256_unpacklo_epi16(low[0], low[1]);
+      h[1] = _mm256_unpackhi_epi16(low[0], low[1]);
+      h[2] = _mm256_unpacklo_epi16(high[0], high[1]);
+      h[3] = _mm256_unpackhi_epi16(high[0], high[1]);
+    };
+    __m256i a[4];
+    __m256i b[4];
+    for (int i = 0; i < 4; ++i) a[i] = v[i].a, b[i] = v[i].b;
+    halves(a);
+    halves(b);
+    for (int i = 0; i < 4; ++i) v[i] = {a[i], b[i]};
+  }
+  // 16 bytes of each row, from `at` on, as four vectors: lane r of vector q holds bytes 4 q to 4 q + 3 of row r.
+  static void transpose_quads(const uint8_t* const (&rows)[16], size_t at, uint8_t* out) {
+    const auto load = [&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[r] + at)); };
+    for (int r = 0; r < 16; r += 4) {
+      const __m128i a = load(r);
+      const __m128i b = load(r + 1);
+      const __m128i c = load(r + 2);
+      const __m128i d = load(r + 3);
+      const __m128i ab[2] = {_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b)};
+      const __m128i cd[2] = {_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d)};
+      const auto put = [&](int q, __m128i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out + q * 64 + r * 4), x); };
+      for (int half = 0; half < 2; ++half) {
+        put(2 * half, _mm_unpacklo_epi64(ab[half], cd[half]));
+        put(2 * half + 1, _mm_unpackhi_epi64(ab[half], cd[half]));
+      }
+    }
+  }
   static I high_nibbles(I x) { return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
   static I dot_u8s8(I acc, I u, I s) { return {dot_u8s8(acc.a, u.a, s.a), dot_u8s8(acc.b, u.b, s.b)}; }
   // u up to 15: products of two fit 16 bits

@@ -102,6 +102,36 @@ struct Avx512 {
   }
   static I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
   static I high_nibbles(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+  // Of four vectors a byte each at a time: in every 128 bits quad q of result i is made of their bytes 4 i + q.
+  static void interleave_bytes(I (&v)[4]) {
+    const I low[2] = {_mm512_unpacklo_epi8(v[0], v[1]), _mm512_unpacklo_epi8(v[2], v[3])};
+    const I high[2] = {_mm512_unpackhi_epi8(v[0], v[1]), _mm512_unpackhi_epi8(v[2], v[3])};
+    v[0] = _mm512_unpacklo_epi16(low[0], low[1]);
+    v[1] = _mm512_unpackhi_epi16(low[0], low[1]);
+    v[2] = _mm512_unpacklo_epi16(high[0], high[1]);
+    v[3] = _mm512_unpackhi_epi16(high[0], high[1]);
+  }
+  // 16 bytes of each row, from `at` on, as four vectors: lane r of vector q holds bytes 4 q to 4 q + 3 of row r.
+  static void transpose_quads(const uint8_t* const (&rows)[16], size_t at, uint8_t* out) {
+    // Rows r, r + 4, r + 8 and r + 12 side by side.
+    const auto every_fourth = [&](int r) {
+      const auto load = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[r + 4 * i] + at)); };
+      I x = _mm512_broadcast_i32x4(load(0));
+      x = _mm512_mask_broadcast_i32x4(x, 0x00f0, load(1));
+      x = _mm512_mask_broadcast_i32x4(x, 0x0f00, load(2));
+      return _mm512_mask_broadcast_i32x4(x, 0xf000, load(3));
+    };
+    const I a = every_fourth(0);
+    const I b = every_fourth(1);
+    const I c = every_fourth(2);
+    const I d = every_fourth(3);
+    const I low[2] = {_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d)};
+    const I high[2] = {_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d)};
+    store_bytes(out, _mm512_unpacklo_epi64(low[0], low[1]));
+    store_bytes(out + 64, _mm512_unpackhi_epi64(low[0], low[1]));
+    store_bytes(out + 128, _mm512_unpacklo_epi64(high[0], high[1]));
+    store_bytes(out + 192, _mm512_unpackhi_epi64(high[0], high[1]));
+  }
   // acc[lane] += sum over 4 bytes of unsigned u times signed s
   static I dot_u8s8(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
   static I dot_u4s8(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }

@@ -186,6 +186,22 @@ struct Scalar {
   static I high_nibbles(const I& x) {
     return bytes(x, [](uint8_t b) { return static_cast<uint8_t>(b >> 4); });
   }
+  // Of four vectors a byte each at a time: in every 128 bits quad q of result i is made of their bytes 4 i + q.
+  static void interleave_bytes(I (&v)[4]) {
+    uint8_t from[4][64];
+    uint8_t to[4][64];
+    std::memcpy(from, v, sizeof(from));
+    for (int b = 0; b < 64; ++b) {
+      for (int c = 0; c < 4; ++c) to[b % 16 / 4][b / 16 * 16 + b % 4 * 4 + c] = from[c][b];
+    }
+    std::memcpy(v, to, sizeof(to));
+  }
+  // 16 bytes of each row, from `at` on, as four vectors: lane r of vector q holds bytes 4 q to 4 q + 3 of row r.
+  static void transpose_quads(const uint8_t* const (&rows)[16], size_t at, uint8_t* out) {
+    for (int q = 0; q < 4; ++q) {
+      for (int r = 0; r < 16; ++r) std::memcpy(out + q * 64 + r * 4, rows[r] + at + q * 4, 4);
+    }
+  }
   static I dot_u8s8(const I& acc, const I& u, const I& s) {
     uint8_t a[64];
     int8_t b[64];

@@ -59,6 +59,7 @@ class Program:
         interleave: bool = False,
         asymmetric: bool = False,
         precision: str = "own",
+        layout: str = "tiles",
     ) -> int: ...
     def neuron_weights(
         self, up: _Source | None, down: _Source, count: int, *, precision: str, gate: _Source | None = None
@@ -70,9 +71,19 @@ class Program:
     def embed(self, weights: int, out: int, scale: float = 1.0, *, column: int = 0, add: bool = False) -> None: ...
     def norm(self, x: int, weight: int, out: int, eps: float) -> None: ...
     def norm_quantise(self, x: int, weight: int, out: Sequence[int], eps: float, *, kept: int = -1) -> None: ...
-    def quantise(self, x: int, out: int) -> None: ...
+    def quantise(self, x: int, out: int, *, threshold: float = 0.0) -> None: ...
     def linear(
-        self, activations: int, weights: int, out: int, *, bias: int = -1, column: int = 0, epilogue: str = "store"
+        self,
+        activations: int,
+        weights: int,
+        out: int,
+        *,
+        bias: int = -1,
+        column: int = 0,
+        epilogue: str = "store",
+        gates: int = -1,
+        activation: str = "silu",
+        threshold: float = 0.0,
     ) -> None: ...
     def rope(
         self,

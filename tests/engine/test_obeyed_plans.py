@@ -55,6 +55,51 @@ def test_the_reference_and_the_engine_read_the_same_pages(smollm2_gguf: Path) ->
     assert divergence(expected, dense) > 0.05
 
 
+def inputs(threshold: float, *targets: str) -> tuple[LayerRule, ...]:
+    return tuple(LayerRule("threshold", None, target, {"threshold": threshold}) for target in targets)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        SparsityPlan(ffn=(LayerRule("threshold", parameters={"threshold": 0.1}),)),
+        SparsityPlan(input=inputs(0.1, "down_proj")),
+        SparsityPlan(input=inputs(0.1, "o_proj")),
+        SparsityPlan(ffn=(LayerRule("threshold", 3, parameters={"threshold": 0.2}),), input=inputs(0.1, "down_proj")),
+    ],
+    ids=["neurons", "inputs of down_proj", "inputs of o_proj", "both"],
+)
+def test_the_reference_and_the_engine_let_the_same_values_rest(smollm2_gguf: Path, plan: SparsityPlan) -> None:
+    torch = pytest.importorskip("torch")
+    from fallow.models.decoder_weights import load_decoder
+
+    tokens = np.array(load_tokenizer(smollm2_gguf).encode(inspect.getsource(random))[:200], np.int32)
+    decoder = load_decoder(open_checkpoint(smollm2_gguf), context=256)
+
+    def divergence(one: torch.Tensor, other: torch.Tensor) -> float:
+        p, q = (x[20:].log_softmax(-1) for x in (one, other))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    with torch.no_grad():
+        ids = torch.from_numpy(tokens.astype(np.int64))[None]
+        dense = decoder.logits(decoder(ids))[0]
+        decoder.obey(plan)
+        expected = decoder.logits(decoder(ids))[0]
+    result = torch.from_numpy(logits(smollm2_gguf, tokens, plan))
+    # What lies near the threshold is on either side of it after rounding: that much is left.
+    assert divergence(expected, dense) > 0.02
+    assert divergence(expected, dense) > 3 * divergence(expected, result)
+
+
+def test_a_plan_that_lets_nothing_rest_gives_the_dense_bits(smollm2_gguf: Path) -> None:
+    tokens = np.random.default_rng(4).integers(3, 49000, 60).astype(np.int32)
+    dense = logits(smollm2_gguf, tokens, None)
+    zeros = (LayerRule("threshold", parameters={"threshold": 0}),)
+    for plan in (SparsityPlan(ffn=zeros), SparsityPlan(ffn=zeros, input=inputs(0, "o_proj", "down_proj"))):
+        for chunk in (512, 7, 1):
+            assert np.array_equal(logits(smollm2_gguf, tokens, plan, chunk), dense)
+
+
 def test_a_plan_that_reads_all_pages_gives_the_dense_bits(smollm2_gguf: Path) -> None:
     tokens = np.random.default_rng(1).integers(3, 49000, 300).astype(np.int32)
     dense = logits(smollm2_gguf, tokens, None)

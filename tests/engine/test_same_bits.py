@@ -87,10 +87,14 @@ PAGES = SparsityPlan(
         for head, top in enumerate((1, 0, 2))
     )
 )
-NEURONS = SparsityPlan(ffn=(LayerRule("threshold", parameters={"threshold": 0.4}),), attention=PAGES.attention)
+NEURONS = SparsityPlan(
+    ffn=(LayerRule("threshold", parameters={"threshold": 0.1}),),
+    input=tuple(LayerRule("threshold", None, target, {"threshold": 0.1}) for target in ("o_proj", "down_proj")),
+    attention=PAGES.attention,
+)
 
 
-@pytest.mark.parametrize("plan", [None, PAGES, NEURONS], ids=["dense", "pages", "pages and neurons"])
+@pytest.mark.parametrize("plan", [None, PAGES, NEURONS], ids=["dense", "pages", "pages, neurons and inputs"])
 def test_the_same_bits_alone_and_in_shuffled_batches(start_engine: Any, plan: SparsityPlan | None) -> None:
     engine = start_engine(pages=64, max_num_seqs=MAX_NUM_SEQS, prefix_caching=False, plan=plan)
     requests = random_requests(engine.tokenizer.vocab_size)

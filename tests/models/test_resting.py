@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fallow.errors import FallowError
+from fallow.errors import FallowError, ModelFileError
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.config import ModelConfig
 from fallow.models.resting import PageRule, Resting, ScreenRule, resting, screen_rule
@@ -129,5 +129,19 @@ def test_heads_that_cannot_be_screened_are_a_sentence(
 
 
 def test_an_axis_that_nothing_can_run_yet_is_refused(config: ModelConfig) -> None:
-    with pytest.raises(FallowError, match="axis input"):
-        resting(SparsityPlan(input=(LayerRule("threshold", 0, "o_proj", {"threshold": 0.1}),)), config)
+    with pytest.raises(FallowError, match="axis structure"):
+        resting(SparsityPlan(structure=(LayerRule("removed", 0, parameters={"heads": 1, "neurons": 8}),)), config)
+
+
+def test_inputs_that_rest(config: ModelConfig) -> None:
+    rules = (
+        LayerRule("threshold", None, "o_proj", {"threshold": 0.1}),
+        LayerRule("threshold", 1, "down_proj", {"threshold": 0.2}),
+    )
+    found = [dict(layer.inputs) for layer in resting(SparsityPlan(input=rules), config)]
+    assert found[:2] == [{"o_proj": 0.1}, {"o_proj": 0.1, "down_proj": 0.2}]
+    with pytest.raises(ModelFileError, match="two rules for the inputs of layer 0, o_proj"):
+        resting(SparsityPlan(input=(*rules, LayerRule("threshold", 0, "o_proj", {"threshold": 0.3}))), config)
+    for target in ("q_proj", None):
+        with pytest.raises(FallowError, match="o_proj and down_proj"):
+            resting(SparsityPlan(input=(LayerRule("threshold", 0, target, {"threshold": 0.1}),)), config)

@@ -1,4 +1,4 @@
-// What of a row's values lies above a threshold that the row itself sets.
+// What of a row's values lies above a threshold that the row itself sets, or beyond one that is given.
 #pragma once
 #include <cmath>
 
@@ -44,6 +44,11 @@ void above_threshold(float* x, int width, float quantile) {
   int i = 0;
   for (; i + lanes <= width; i += lanes) S::store(x + i, relu<S>(S::sub(S::load(x + i), S::set1(threshold))));
   for (; i < width; ++i) x[i] = x[i] < threshold ? 0.f : x[i] - threshold;  // NaN stays NaN
+}
+
+template <class S>
+void zero_within(float* x, int width, float threshold) {
+  for (int i = 0; i < width; ++i) x[i] = std::fabs(x[i]) <= threshold ? 0.f : x[i];
 }
 
 }  // namespace fallow::kernels

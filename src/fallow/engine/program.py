@@ -24,6 +24,7 @@ from fallow.models.tensors import Checkpoint, RawTensor, TensorType
 
 _GATES = {"silu": "silu_gate", "gelu_tanh": "gelu_gate", "relu": "relu_gate"}
 """Activations of a gate, and the epilogues of a linear that apply them."""
+_FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K")
 TILE_ROWS = 16  # of a matrix are computed together
 
 
@@ -58,9 +59,10 @@ class ProgramBuilder:
         asymmetric: bool = False,
         vocabulary: bool = False,
         rounded: bool = False,
+        layout: str = "tiles",
     ) -> int:
         """Packs the tensors one below the other. ``vocabulary``: embeddings or the head. ``rounded``: in 8-bit groups
-        of 32, whatever they are."""
+        of 32, whatever they are. ``layout``: ``rows`` or ``columns`` where a step reads some of them."""
         tensors = [self.checkpoint.tensors[name] for name in names]
         (precision,) = {"q8" if rounded else self._kind(t, vocabulary)[1] for t in tensors}
         weights = self.program.weights(
@@ -69,10 +71,12 @@ class ProgramBuilder:
             interleave=interleave,
             asymmetric=asymmetric,
             precision=precision,
+            layout=layout,
         )
         codes = self.program.describe(weights)
         for tensor in tensors:
-            self.report[tensor.name] = f"{tensor.type.name} as {codes['codes']}"
+            by = "" if layout == "tiles" else f", by {layout}"
+            self.report[tensor.name] = f"{tensor.type.name} as {codes['codes']}{by}"
         return weights
 
     def neurons(self, up: str | None, down: str, *, gate: str | None = None) -> int:
@@ -92,6 +96,10 @@ class ProgramBuilder:
             precision=precision,
             gate=sources[gate] if gate else None,
         )
+
+    def keeps_4_bits(self, names: list[str]) -> bool:
+        """Whether tensors are kept in 4 bits, so that they can lie by rows or by columns."""
+        return all(self._kind(self.checkpoint.tensors[name], False)[0] in _FOUR_BITS for name in names)
 
     def keeps_floats(self, names: list[str]) -> bool:
         """Whether tensors are kept as bfloat16."""
@@ -253,7 +261,7 @@ class DecoderProgram:
         )
         if layer == config.num_hidden_layers - 1:
             self._keep_logit_rows()
-        self._project(self._attended, name + "o_proj", name + "attention_post_norm")
+        self._project(self._attended, layer, "o_proj", name + "attention_post_norm")
 
     def _keep_logit_rows(self) -> None:
         """Go on with the rows whose logits are wanted: no layer will see the others any more."""
@@ -265,17 +273,21 @@ class DecoderProgram:
     def _feed_forward(self, layer: int) -> None:
         name = f"layers.{layer}."
         threshold = self._builder.rests[layer].neurons
-        if threshold is not None:
-            self._neurons_at_work(name, threshold)
+        parts = [name + part for part in ("gate_proj", "up_proj", "down_proj")]
+        lie_by_rows = self._config.gated_mlp and self._config.intermediate_size % TILE_ROWS == 0
+        if threshold is not None and lie_by_rows and self._builder.keeps_4_bits(parts):
+            self._rows_at_work(name, threshold)
+        elif threshold is not None:
+            self._neurons_at_work(layer, threshold)
             return
-        if self._config.gated_mlp:
+        elif self._config.gated_mlp:
             self._gated(name)
         else:
             weights = self._builder.weights([name + "up_proj"])
             (activations,) = self._normed(self._x, name + "ffn_norm", [weights])
             bias = self._bias([name + "up_proj"])
             self._program.linear(activations, weights, self._inner, bias=bias, epilogue=self._config.hidden_act)
-        self._project(self._inner, name + "down_proj", name + "ffn_post_norm")
+        self._project(self._inner, layer, "down_proj", name + "ffn_post_norm")
 
     def _gated(self, name: str) -> None:
         config, program, builder = self._config, self._program, self._builder
@@ -286,19 +298,47 @@ class DecoderProgram:
             (activations,) = self._normed(self._x, name + "ffn_norm", [weights])
             program.linear(activations, weights, self._inner, epilogue=_GATES[config.hidden_act])
         else:
-            if self._gate_up is None:
-                self._gate_up = (program.buffer(config.intermediate_size), program.buffer(config.intermediate_size))
+            gate_up = self._gates_and_ups()
             matrices = [builder.weights([part]) for part in parts]
             inputs = self._normed(self._x, name + "ffn_norm", matrices)
-            for part, weights, activations, out in zip(parts, matrices, inputs, self._gate_up, strict=True):
+            for part, weights, activations, out in zip(parts, matrices, inputs, gate_up, strict=True):
                 program.linear(activations, weights, out, bias=self._bias([part]))
             if config.gate_quantile is not None:
-                program.above_threshold(self._gate_up[0], config.gate_quantile)
-            program.gate(*self._gate_up, self._inner, activation=config.hidden_act)
+                program.above_threshold(gate_up[0], config.gate_quantile)
+            program.gate(*gate_up, self._inner, activation=config.hidden_act)
 
-    def _neurons_at_work(self, name: str, threshold: float) -> None:
+    def _gates_and_ups(self) -> tuple[int, int]:
+        if self._gate_up is None:
+            width = self._config.intermediate_size
+            self._gate_up = (self._program.buffer(width), self._program.buffer(width))
+        return self._gate_up
+
+    def _rows_at_work(self, name: str, threshold: float) -> None:
+        """The gates of all neurons, then the rows of the up projection whose activated gates are beyond the threshold:
+        what the dense network computes, with zeros for the others."""
+        config, program, builder = self._config, self._program, self._builder
+        gates, _ = self._gates_and_ups()
+        gate, up = name + "gate_proj", name + "up_proj"
+        matrices = [builder.weights([gate]), builder.weights([up], layout="rows")]
+        inputs = self._normed(self._x, name + "ffn_norm", matrices)
+        program.linear(inputs[0], matrices[0], gates, bias=self._bias([gate]))
+        if config.gate_quantile is not None:
+            program.above_threshold(gates, config.gate_quantile)
+        program.linear(
+            inputs[1],
+            matrices[1],
+            self._inner,
+            bias=self._bias([up]),
+            gates=gates,
+            activation=config.hidden_act,
+            threshold=threshold,
+        )
+
+    def _neurons_at_work(self, layer: int, threshold: float) -> None:
         """The gates of all neurons, or their values where they have no gate; then those beyond the threshold."""
         config, program, builder = self._config, self._program, self._builder
+        name = f"layers.{layer}."
+        resting_input = builder.rests[layer].inputs.get("down_proj", 0.0)
         gated = config.gated_mlp
         gate, up = (name + "gate_proj", name + "up_proj") if gated else (None, None)
         rounded = gate is not None and self._rounds_gates and builder.keeps_floats([gate])
@@ -309,13 +349,13 @@ class DecoderProgram:
         program.norm_quantise(self._x, builder.vector(name + "ffn_norm"), [activations], config.rms_norm_eps, kept=kept)
         if not gated:
             program.linear(activations, weights, self._inner, epilogue=config.hidden_act)
-            program.spread(self._inner, neurons, self._x, threshold=threshold)
+            program.spread(self._inner, neurons, self._x, threshold=max(threshold, resting_input))
             return
         program.linear(activations, weights, self._inner)
         if config.gate_quantile is not None:
             program.above_threshold(self._inner, config.gate_quantile)
         program.neurons(kept, self._inner, neurons, activation=config.hidden_act, threshold=threshold)
-        program.spread(self._inner, neurons, self._x)
+        program.spread(self._inner, neurons, self._x, threshold=resting_input)
 
     @property
     def _rounds_gates(self) -> bool:
@@ -329,12 +369,16 @@ class DecoderProgram:
             self._kept = self._program.buffer(self._config.hidden_size)
         return self._kept
 
-    def _project(self, x: int, name: str, post_norm: str) -> None:
-        """Back to the residual stream, through a norm where the family has one after the block."""
+    def _project(self, x: int, layer: int, part: str, post_norm: str) -> None:
+        """Back to the residual stream, through a norm where the family has one after the block. Where inputs rest, or
+        neurons do, the columns of those that are not zero are read."""
         config, program, builder = self._config, self._program, self._builder
-        weights = builder.weights([name])
+        name, rests = f"layers.{layer}.{part}", builder.rests[layer]
+        threshold = rests.inputs.get(part, 0.0 if part == "down_proj" and rests.neurons is not None else None)
+        by_columns = threshold is not None and builder.keeps_4_bits([name])
+        weights = builder.weights([name], layout="columns" if by_columns else "tiles")
         activations = self._activation(weights)
-        program.quantise(x, activations)
+        program.quantise(x, activations, threshold=threshold or 0.0)
         if not config.post_norms:
             program.linear(activations, weights, self._x, bias=self._bias([name]), epilogue="add")
             return

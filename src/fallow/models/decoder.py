@@ -86,7 +86,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
         """``x [batch, tokens, hidden]``; ``mask`` (True: may be seen) where plain causality is not all."""
         x = x + self.attention_post_norm(self._attention(self.attention_norm(x), tokens, rope, mask))
-        out: Tensor = x + self.ffn_post_norm(self.down_proj(self.neurons(self.ffn_norm(x))))
+        neurons = self._resting("down_proj", self.neurons(self.ffn_norm(x)))
+        out: Tensor = x + self.ffn_post_norm(self.down_proj(neurons))
         return out
 
     def neurons(self, x: Tensor) -> Tensor:
@@ -100,8 +101,11 @@ class Layer(nn.Module):
         return self._at_work(self.activation(gate)) * up
 
     def _at_work(self, activated: Tensor) -> Tensor:
-        threshold = self.rests.neurons
-        return activated if not threshold else torch.where(activated.abs() <= threshold, 0, activated)
+        return _beyond(self.rests.neurons, activated)
+
+    def _resting(self, linear: str, x: Tensor) -> Tensor:
+        """The input of a linear layer without what rests of it."""
+        return _beyond(self.rests.inputs.get(linear), x)
 
     def queries_keys_values(self, x: Tensor, tokens: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Of normalised ``x [batch, tokens, hidden]``, each ``[batch, heads, tokens, head_dim]``."""
@@ -124,8 +128,14 @@ class Layer(nn.Module):
             attended = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.attention_scale, enable_gqa=grouped
             )
-        out: Tensor = self.o_proj(attended.transpose(1, 2).reshape(*x.shape[:2], -1))
+        attended = self._resting("o_proj", attended.transpose(1, 2).reshape(*x.shape[:2], -1))
+        out: Tensor = self.o_proj(attended)
         return out
+
+
+def _beyond(threshold: float | None, x: Tensor) -> Tensor:
+    """``x`` with zeros for what is not beyond the threshold."""
+    return x if not threshold else torch.where(x.abs() <= threshold, 0, x)
 
 
 def _embedded(embeddings: nn.Embedding, tokens: Tensor) -> Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from fallow.errors import FallowError, ModelFileError
 from fallow.models.config import ModelConfig
 from fallow.models.head_screen import DIRECTIONS, SIGN_GROUP
 from fallow.plan import LayerRule, SparsityPlan
 
-AXES = ("ffn", "attention", "head")
+AXES = ("ffn", "input", "attention", "head")
 """What the reference and the engine can let rest."""
+INPUTS = ("o_proj", "down_proj")
+"""Linear layers whose inputs can rest: those that are not normalised, so that small ones are small."""
 _KV_HEAD = "kv_head."
 _LANES = 16  # the engine computes hidden states so many at a time
 
@@ -28,10 +31,12 @@ class PageRule:
 @dataclass(frozen=True)
 class Resting:
     """What rests in a layer. ``pages``: None where all are read. ``neurons``: those of the feed-forward network rest
-    whose activated gate (without a gate: whose value) is not beyond it; None where all work."""
+    whose activated gate (without a gate: whose value) is not beyond it; None where all work. ``inputs``: those of a
+    linear layer of this name rest that are not beyond its threshold."""
 
     pages: PageRule | None = None
     neurons: float | None = None
+    inputs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ def resting(plan: SparsityPlan, config: ModelConfig) -> list[Resting]:
                 raise ModelFileError(
                     f"The plan has a rule for layer {rule.layer}, but the model has {config.num_hidden_layers} layers."
                 )
-    pages, neurons = _page_rules(plan, config), _neuron_thresholds(plan, config)
-    return [Resting(*layer) for layer in zip(pages, neurons, strict=True)]
+    parts = _page_rules(plan, config), _neuron_thresholds(plan, config), _input_thresholds(plan, config)
+    return [Resting(*layer) for layer in zip(*parts, strict=True)]
 
 
 def screen_rule(plan: SparsityPlan, config: ModelConfig) -> ScreenRule | None:
@@ -93,6 +98,22 @@ def _neuron_thresholds(plan: SparsityPlan, config: ModelConfig) -> list[float | 
             if found[layer] is not None:
                 raise ModelFileError(f"The plan has two rules for the neurons of layer {layer}.")
             found[layer] = float(rule.parameters.get("threshold", 0.0))
+    return found
+
+
+def _input_thresholds(plan: SparsityPlan, config: ModelConfig) -> list[dict[str, float]]:
+    """A rule without a layer is for all layers; its target is one of ``INPUTS``."""
+    found: list[dict[str, float]] = [{} for _ in range(config.num_hidden_layers)]
+    for rule in plan.rules("input"):
+        if rule.target not in INPUTS:
+            raise FallowError(
+                f"The plan's axis input has the target {rule.target!r}, but this version of fallow can let the inputs "
+                f"of {' and '.join(INPUTS)} rest: use the model without the plan."
+            )
+        for layer in _layers(rule, config):
+            if rule.target in found[layer]:
+                raise ModelFileError(f"The plan has two rules for the inputs of layer {layer}, {rule.target}.")
+            found[layer][rule.target] = float(rule.parameters["threshold"])
     return found
 
 
