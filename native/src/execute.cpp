@@ -3,6 +3,7 @@
 // next attention: what it writes it reads again from its own cache, and weights come once from memory, then from the
 // last-level cache. No bit of a result depends on who computes it.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "prefetch.h"
@@ -16,9 +17,10 @@ constexpr int own_rows = 6;           // a thread has at least so many of its ow
 
 }  // namespace
 
-void Program::run(const Step& step, SampleArgs* sample) {
+void Program::run(const Step& step, SampleArgs* sample, const Record& record) {
   step_ = step;
   sample_ = sample;
+  record_ = record;
   if (sample != nullptr) {
     sample->logits = logits();
     sample->stride = logits_stride();
@@ -221,12 +223,27 @@ void Program::execute(const op::Neurons& o, int, int thread, const Part& part) {
   kernels_.neurons(task, part.first_of(blocks) * lanes, std::min(part.end_of(blocks) * lanes, w.count));
 }
 
-void Program::execute(const op::Spread& o, int, int, const Part& part) {
+void Program::execute(const op::Spread& o, int index, int, const Part& part) {
   const PackedNeurons& w = *neurons_[o.neurons];
   const int blocks = w.in_features / lanes;
   const SpreadTask task{&w, part.end - part.begin, row(o.x, part.begin, part), buffers_[o.x].stride, o.threshold,
                         row(o.out, part.begin, part), buffers_[o.out].stride};
   kernels_.spread(task, part.first_of(blocks) * lanes, part.end_of(blocks) * lanes);
+  if (record_.neurons != nullptr) record_neurons(o, index, part);
+}
+
+// Those whose values are beyond the threshold, as the kernel has just asked of each; a value that is no number is.
+void Program::record_neurons(const op::Spread& o, int index, const Part& part) const {
+  const int count = neurons_[o.neurons]->count;
+  const int bytes = (count + 7) / 8;
+  for (int r = part.begin; r < part.end; ++r) {
+    const size_t token = row_kind_[index] == 1 ? step_.logit_rows[r] : r;
+    uint8_t* out = record_.neurons + (token * num_spreads_ + record_place_[index]) * record_.neuron_bytes;
+    const float* values = row(o.x, r, part);
+    for (int n = 8 * part.first_of(bytes); n < std::min(8 * part.end_of(bytes), count); ++n) {
+      if (!(std::fabs(values[n]) <= o.threshold)) out[n / 8] |= static_cast<uint8_t>(1u << n % 8);
+    }
+  }
 }
 
 void Program::execute(const op::Gather& o, int, int, const Part& part) {

@@ -15,6 +15,10 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
+
+from fallow.arrays import Int32
+from fallow.engine.batch import SAMPLING_DTYPE
 from fallow.engine.call import Call
 from fallow.engine.detokenize import Detokenizer
 from fallow.engine.loop import Runner, StepLoop
@@ -28,12 +32,14 @@ from fallow.engine.outputs import (
     TokenLogprob,
 )
 from fallow.engine.pages import PageManager
+from fallow.engine.running import sampling_row
 from fallow.engine.sampling import SamplingParams
 from fallow.engine.scheduler import Scheduler
 from fallow.engine.sequence import Request
 from fallow.engine.sequence import Sequence as EngineSequence
 from fallow.engine.speculate import DRAFT_ROWS
-from fallow.errors import FallowError, RequestError
+from fallow.engine.trace import Trace
+from fallow.errors import FallowError, OverloadedError, RequestError
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.config import ModelConfig
 from fallow.models.resting import AXES
@@ -228,7 +234,7 @@ class Engine:
         params.check_vocabulary(self.runner.vocab_size)
         tokens = self._prompt_tokens(prompt)
         if params.seed is None:
-            params = replace(params, seed=int.from_bytes(os.urandom(8), "little"))
+            params = replace(params, seed=_random_seed())
         room = self.max_context - len(tokens)
         request = Request(
             uuid.uuid4().hex,
@@ -341,6 +347,43 @@ class Engine:
         finally:
             call.cancel()
 
+    def trace(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> Trace:
+        """Answer a prompt, and give what worked for each token of it and of the answer (docs/explain.md).
+
+        ``tokens`` are those that were computed, all but the last of the answer, and ``chosen`` is the answer. When it
+        is there, all is computed once more, to the same bits, and recorded; other requests wait for that. Raises as
+        ``generate``, and ``OverloadedError`` where there are not enough pages left.
+        """
+        params = sampling_params or SamplingParams()
+        if params.n != 1:
+            raise RequestError(f"n is {params.n}, but one answer can be traced: leave n out.", param="n")
+        if params.seed is None:
+            params = replace(params, seed=_random_seed())
+        ids = self._prompt_tokens(prompt)
+        (output,) = self.generate([list(ids)], params)
+        answer = np.array(output.outputs[0].token_ids, np.int32)
+        tokens = np.concatenate([np.array(ids, np.int32), answer[:-1]])
+        return replace(self._loop.between_steps(lambda: self._traced(tokens, params, len(answer))), chosen=answer)
+
+    def _traced(self, tokens: Int32, params: SamplingParams, choices: int) -> Trace:
+        if params.has_penalties or params.logit_bias or params.constraint is not None:
+            params = replace(params, logprobs=params.logprobs or 0)  # as these do, it takes all logits
+        assert params.seed is not None
+        rows = [sampling_row(params, params.seed, draw) for draw in range(choices)]
+        manager = self.scheduler.pages
+        count = manager.pages_for(len(tokens))
+        if count > manager.available_pages:
+            raise OverloadedError(
+                f"The trace needs {count} pages of the KV cache, but {manager.available_pages} are left: send the "
+                "request again later."
+            )
+        pages = [manager.allocate() for _ in range(count)]
+        try:
+            trace: Trace = self.runner.trace(tokens, sampling=np.array(rows, SAMPLING_DTYPE), pages=pages)
+        finally:
+            manager.release(pages)
+        return trace
+
     def stream(
         self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestDelta]:
@@ -378,6 +421,10 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _random_seed() -> int:
+    return int.from_bytes(os.urandom(8), "little")
 
 
 def _name_of(model: str | Path) -> str:
