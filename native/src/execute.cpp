@@ -240,8 +240,10 @@ void Program::record_neurons(const op::Spread& o, int index, const Part& part) c
     const size_t token = row_kind_[index] == 1 ? step_.logit_rows[r] : r;
     uint8_t* out = record_.neurons + (token * num_spreads_ + record_place_[index]) * record_.neuron_bytes;
     const float* values = row(o.x, r, part);
-    for (int n = 8 * part.first_of(bytes); n < std::min(8 * part.end_of(bytes), count); ++n) {
-      if (!(std::fabs(values[n]) <= o.threshold)) out[n / 8] |= static_cast<uint8_t>(1u << n % 8);
+    for (int b = part.first_of(bytes); b < part.end_of(bytes); ++b) {
+      unsigned bits = 0;  // without a branch for each of them
+      for (int i = 0; i < 8; ++i) bits |= static_cast<unsigned>(!(std::fabs(values[8 * b + i]) <= o.threshold)) << i;
+      out[b] = static_cast<uint8_t>(b == count / 8 ? bits & ((1u << count % 8) - 1) : bits);
     }
   }
 }
