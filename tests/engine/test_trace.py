@@ -21,6 +21,7 @@ from fallow.engine.batch import SAMPLING_DTYPE, StepBatch, greedy
 from fallow.engine.constraint import Constraint
 from fallow.engine.engine import Engine
 from fallow.engine.program import TILE_ROWS
+from fallow.engine.replay import replay
 from fallow.engine.runner import ModelRunner
 from fallow.engine.sampling import SamplingParams
 from fallow.engine.trace import MAX_TRACE_BYTES, HeadWork, TraceShape, Worked
@@ -309,7 +310,7 @@ def test_an_engine_refuses_a_trace_that_it_has_no_room_for(lean: Path) -> None:
         manager = engine.scheduler.pages
         held = [manager.allocate() for _ in range(manager.available_pages - 4)]
         with pytest.raises(OverloadedError, match="needs 5 pages of the KV cache, but 4 are left"):
-            engine._loop.between_steps(lambda: engine._traced(np.zeros(150, np.int32), replace(params, seed=1), 1))
+            engine._loop.between_steps(lambda: replay(engine, np.zeros(150, np.int32), replace(params, seed=1), 1))
         manager.release(held)
         engine.drain(10)
         with pytest.raises(OverloadedError, match="shutting down"):

@@ -15,10 +15,6 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import numpy as np
-
-from fallow.arrays import Int32
-from fallow.engine.batch import SAMPLING_DTYPE
 from fallow.engine.call import Call
 from fallow.engine.detokenize import Detokenizer
 from fallow.engine.loop import Runner, StepLoop
@@ -32,14 +28,14 @@ from fallow.engine.outputs import (
     TokenLogprob,
 )
 from fallow.engine.pages import PageManager
-from fallow.engine.running import sampling_row
+from fallow.engine.replay import traced_answer
 from fallow.engine.sampling import SamplingParams
 from fallow.engine.scheduler import Scheduler
 from fallow.engine.sequence import Request
 from fallow.engine.sequence import Sequence as EngineSequence
 from fallow.engine.speculate import DRAFT_ROWS
 from fallow.engine.trace import Trace
-from fallow.errors import FallowError, OverloadedError, RequestError
+from fallow.errors import FallowError, RequestError
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.config import ModelConfig
 from fallow.models.resting import AXES
@@ -234,7 +230,7 @@ class Engine:
         params.check_vocabulary(self.runner.vocab_size)
         tokens = self._prompt_tokens(prompt)
         if params.seed is None:
-            params = replace(params, seed=_random_seed())
+            params = replace(params, seed=int.from_bytes(os.urandom(8), "little"))
         room = self.max_context - len(tokens)
         request = Request(
             uuid.uuid4().hex,
@@ -354,35 +350,7 @@ class Engine:
         is there, all is computed once more, to the same bits, and recorded; other requests wait for that. Raises as
         ``generate``, and ``OverloadedError`` where there are not enough pages left.
         """
-        params = sampling_params or SamplingParams()
-        if params.n != 1:
-            raise RequestError(f"n is {params.n}, but one answer can be traced: leave n out.", param="n")
-        if params.seed is None:
-            params = replace(params, seed=_random_seed())
-        ids = self._prompt_tokens(prompt)
-        (output,) = self.generate([list(ids)], params)
-        answer = np.array(output.outputs[0].token_ids, np.int32)
-        tokens = np.concatenate([np.array(ids, np.int32), answer[:-1]])
-        return replace(self._loop.between_steps(lambda: self._traced(tokens, params, len(answer))), chosen=answer)
-
-    def _traced(self, tokens: Int32, params: SamplingParams, choices: int) -> Trace:
-        if params.has_penalties or params.logit_bias or params.constraint is not None:
-            params = replace(params, logprobs=params.logprobs or 0)  # as these do, it takes all logits
-        assert params.seed is not None
-        rows = [sampling_row(params, params.seed, draw) for draw in range(choices)]
-        manager = self.scheduler.pages
-        count = manager.pages_for(len(tokens))
-        if count > manager.available_pages:
-            raise OverloadedError(
-                f"The trace needs {count} pages of the KV cache, but {manager.available_pages} are left: send the "
-                "request again later."
-            )
-        pages = [manager.allocate() for _ in range(count)]
-        try:
-            trace: Trace = self.runner.trace(tokens, sampling=np.array(rows, SAMPLING_DTYPE), pages=pages)
-        finally:
-            manager.release(pages)
-        return trace
+        return traced_answer(self, prompt, sampling_params or SamplingParams())
 
     def stream(
         self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None
@@ -421,10 +389,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _random_seed() -> int:
-    return int.from_bytes(os.urandom(8), "little")
 
 
 def _name_of(model: str | Path) -> str:
