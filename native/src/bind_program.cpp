@@ -37,6 +37,36 @@ Step step_of(const Ints& tokens, const Ints& row_offsets, const Ints& start_posi
           static_cast<int>(logit_rows.size())};
 }
 
+using PageRecord = nb::ndarray<uint8_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using NeuronRecord = nb::ndarray<uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using TileRecord = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+Record record_of(const Program& p, const Step& step, const std::optional<PageRecord>& pages, const std::optional<NeuronRecord>& neurons,
+                 const std::optional<TileRecord>& tiles) {
+  Record record;
+  const auto tokens = static_cast<size_t>(step.num_tokens);
+  if (pages) {
+    if (pages->shape(0) != tokens || pages->shape(1) != static_cast<size_t>(p.num_choices()) ||
+        pages->shape(2) != static_cast<size_t>(p.layout().num_kv_heads)) {
+      throw std::invalid_argument("a record of pages holds bits for each token, attention that chooses and KV head");
+    }
+    record.pages = pages->data();
+    record.page_bytes = pages->shape(3);
+  }
+  if (neurons) {
+    if (neurons->shape(0) != tokens || neurons->shape(1) != static_cast<size_t>(p.num_networks())) {
+      throw std::invalid_argument("a record of neurons holds bits for each token and network of which neurons rest");
+    }
+    record.neurons = neurons->data();
+    record.neuron_bytes = neurons->shape(2);
+  }
+  if (tiles) {
+    if (tiles->shape(0) != static_cast<size_t>(step.num_logit_rows)) throw std::invalid_argument("a record of tiles holds one number for each logit row");
+    record.tiles = tiles->data();
+  }
+  return record;
+}
+
 nb::dict describe(const PackedLinear& w) {
   nb::dict d;
   d["codes"] = w.codes == Codes::bf16 ? "bf16" : (w.codes == Codes::q4 ? "q4" : "q8");
@@ -191,20 +221,23 @@ void bind_program(nb::module_& m) {
           [](Program& p, const Ints& tokens, const Ints& row_offsets, const Ints& start_positions, const Table& page_table, const Ints& logit_rows,
              const RowBytes& sampling, std::optional<Int32Array> bias_offsets, std::optional<Int32Array> bias_tokens,
              std::optional<FloatArray> bias_values, std::optional<Int32Array> repeated_offsets, std::optional<Int32Array> repeated_tokens,
-             std::optional<WordRows> allowed) {
+             std::optional<WordRows> allowed, std::optional<PageRecord> pages_read, std::optional<NeuronRecord> neurons_at_work,
+             std::optional<TileRecord> tiles_computed) {
             const Step step = step_of(tokens, row_offsets, start_positions, page_table, logit_rows);
             SampleCall call(step.num_logit_rows, p.vocab_size(), sampling,
                             {bias_offsets, bias_tokens, bias_values, repeated_offsets, repeated_tokens, allowed});
             {
+              const Record record = record_of(p, step, pages_read, neurons_at_work, tiles_computed);
               const nb::gil_scoped_release release;
-              p.check(step);
-              p.run(step, &call.args);
+              p.check(step, record);
+              p.run(step, &call.args, record);
             }
             return call.take();
           },
           "tokens"_a, "row_offsets"_a, "start_positions"_a, "page_table"_a, "logit_rows"_a, "sampling"_a, "bias_offsets"_a = nb::none(),
           "bias_tokens"_a = nb::none(), "bias_values"_a = nb::none(), "repeated_offsets"_a = nb::none(), "repeated_tokens"_a = nb::none(),
-          "allowed"_a = nb::none())
+          "allowed"_a = nb::none(), nb::kw_only(), "pages_read"_a.noconvert() = nb::none(), "neurons_at_work"_a.noconvert() = nb::none(),
+          "tiles_computed"_a.noconvert() = nb::none())
       .def(
           "log_probabilities",
           [](Program& p, const Ints& targets) {

@@ -3,6 +3,7 @@
 // next attention: what it writes it reads again from its own cache, and weights come once from memory, then from the
 // last-level cache. No bit of a result depends on who computes it.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "prefetch.h"
@@ -16,9 +17,10 @@ constexpr int own_rows = 6;           // a thread has at least so many of its ow
 
 }  // namespace
 
-void Program::run(const Step& step, SampleArgs* sample) {
+void Program::run(const Step& step, SampleArgs* sample, const Record& record) {
   step_ = step;
   sample_ = sample;
+  record_ = record;
   if (sample != nullptr) {
     sample->logits = logits();
     sample->stride = logits_stride();
@@ -165,6 +167,10 @@ void Program::execute(const op::Linear& o, int index, int thread, const Part& pa
   const int begin = unit * part.first_of(units);
   const int end = unit * part.end_of(units);
   (w.layout == Layout::tiles ? kernels_.linear : kernels_.sparse_linear)(task, begin, end, scratch_[thread].linear.data());
+  if (o.gates >= 0 && record_.neurons != nullptr) {
+    const int bytes = w.out_features / 8;
+    record_neurons(o.out, w.out_features, 0.f, index, part, std::min(begin * lanes / 8, bytes), std::min(end * lanes / 8, bytes));
+  }
   for (int r = part.begin; o.first_bias >= 0 && r < part.end; ++r) {
     if (position(index, r) != 0) continue;
     const int first = begin * lanes;
@@ -230,12 +236,29 @@ void Program::execute(const op::Neurons& o, int, int thread, const Part& part) {
   kernels_.neurons(task, part.first_of(blocks) * lanes, std::min(part.end_of(blocks) * lanes, w.count));
 }
 
-void Program::execute(const op::Spread& o, int, int, const Part& part) {
+void Program::execute(const op::Spread& o, int index, int, const Part& part) {
   const PackedNeurons& w = *neurons_[o.neurons];
   const int blocks = w.in_features / lanes;
   const SpreadTask task{&w, part.end - part.begin, row(o.x, part.begin, part), buffers_[o.x].stride, o.threshold,
                         row(o.out, part.begin, part), buffers_[o.out].stride};
   kernels_.spread(task, part.first_of(blocks) * lanes, part.end_of(blocks) * lanes);
+  const int bytes = (w.count + 7) / 8;
+  if (record_.neurons != nullptr) record_neurons(o.x, w.count, o.threshold, index, part, part.first_of(bytes), part.end_of(bytes));
+}
+
+// Of the bytes [begin, end) of bits: those whose values are beyond the threshold, as the kernel asks of each, too; a value that
+// is no number is.
+void Program::record_neurons(int buffer, int count, float threshold, int index, const Part& part, int begin, int end) const {
+  for (int r = part.begin; r < part.end; ++r) {
+    const size_t token = row_kind_[index] == 1 ? step_.logit_rows[r] : r;
+    uint8_t* out = record_.neurons + (token * num_networks_ + record_place_[index]) * record_.neuron_bytes;
+    const float* values = row(buffer, r, part);
+    for (int b = begin; b < end; ++b) {
+      unsigned bits = 0;  // without a branch for each of them
+      for (int i = 0; i < 8; ++i) bits |= static_cast<unsigned>(!(std::fabs(values[8 * b + i]) <= threshold)) << i;
+      out[b] = static_cast<uint8_t>(b == count / 8 ? bits & ((1u << count % 8) - 1) : bits);
+    }
+  }
 }
 
 void Program::execute(const op::Gather& o, int, int, const Part& part) {

@@ -127,7 +127,7 @@ void Program::summarise_pages(const op::Attention& o, int thread) {
   }
 }
 
-void Program::choose_pages(const op::Attention& o, int row, int kv_head, ThreadScratch& scratch) {
+void Program::choose_pages(const op::Attention& o, int index, int row, int kv_head, ThreadScratch& scratch) {
   const int position = row_position_[row];
   const int own = position / page_size;
   const int low = o.window > 0 ? std::max(0, position + 1 - o.window) / page_size : 0;
@@ -152,6 +152,9 @@ void Program::choose_pages(const op::Attention& o, int row, int kv_head, ThreadS
                          end,
                          o.choice.top[kv_head]},
                         bits, scratch.choice.as<float>());
+  if (record_.pages == nullptr) return;
+  const size_t place = (static_cast<size_t>(row) * num_choices_ + record_place_[index]) * layout_.num_kv_heads + kv_head;
+  std::memcpy(record_.pages + place * record_.page_bytes, bits, own / segment_pages + 1);
 }
 
 unsigned Program::read_pages(const op::Attention& o, const AttentionItem& item, int segment) const {
@@ -238,7 +241,7 @@ void Program::execute(const op::Attention& o, int index, int thread, const Part&
   if (chooses && !merges_.empty()) {  // items are parts of what a row reads: it is chosen before
     const int choices = step_.num_tokens * layout_.num_kv_heads;
     for (int i = share(choices, thread); i < share(choices, thread + 1); ++i) {
-      choose_pages(o, i / layout_.num_kv_heads, i % layout_.num_kv_heads, scratch);
+      choose_pages(o, index, i / layout_.num_kv_heads, i % layout_.num_kv_heads, scratch);
     }
     pool_.barrier();
   }
@@ -252,7 +255,7 @@ void Program::execute(const op::Attention& o, int index, int thread, const Part&
         continue;
       }
       if (chooses && merges_.empty()) {
-        for (int r = 0; r < items_[i].rows; ++r) choose_pages(o, items_[i].row + r, items_[i].kv_head, scratch);
+        for (int r = 0; r < items_[i].rows; ++r) choose_pages(o, index, items_[i].row + r, items_[i].kv_head, scratch);
       }
       attend(o, items_[i], scratch);
     }

@@ -240,9 +240,11 @@ void Program::count_head_rows() {
   if (rescore_ < 0 || sample_ == nullptr) return;
   for (int r = 0; r < step_.num_logit_rows; ++r) {
     const HeadRow& head = head_rows_[r];
+    const size_t tiles = head.whole ? head.peaks.size() : head.exact.size();
+    if (record_.tiles != nullptr) record_.tiles[r] = static_cast<int32_t>(tiles);
     if (!head.screened) continue;
     ++head_counts_.rows;
-    head_counts_.tiles += static_cast<int64_t>(head.whole ? head.peaks.size() : head.exact.size());
+    head_counts_.tiles += static_cast<int64_t>(tiles);
     head_counts_.doubtful_rows += head.rounds > 0 || head.whole;
   }
 }

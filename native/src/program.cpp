@@ -315,6 +315,18 @@ void Program::finish(int logits_buffer) {
     if (const auto* o = std::get_if<op::Linear>(&operations_[i])) next = o->weights;
   }
   find_aheads();
+  record_place_.assign(operations_.size(), 0);
+  for (size_t i = 0; i < operations_.size(); ++i) {
+    if (const auto* attention = std::get_if<op::Attention>(&operations_[i]); attention != nullptr && !attention->choice.top.empty()) {
+      record_place_[i] = num_choices_++;
+    }
+    const auto* spread = std::get_if<op::Spread>(&operations_[i]);
+    const auto* linear = std::get_if<op::Linear>(&operations_[i]);
+    if (spread != nullptr || (linear != nullptr && linear->gates >= 0)) {
+      record_place_[i] = num_networks_++;
+      most_neurons_ = std::max(most_neurons_, spread != nullptr ? neurons_[spread->neurons]->count : weights_[linear->weights]->out_features);
+    }
+  }
   next_ = std::make_unique<std::atomic<int>[]>(operations_.size() + 1);
 }
 
@@ -401,7 +413,7 @@ void Program::find_aheads() {
   }
 }
 
-void Program::check(const Step& step) const {
+void Program::check(const Step& step, const Record& record) const {
   require(logits_ >= 0, "the program is not finished");
   require(step.num_tokens > 0 && step.num_tokens <= limits_.max_tokens, "a step has no tokens or more than max_tokens");
   require(step.num_sequences > 0 && step.num_sequences <= limits_.max_sequences, "a step has no sequences or more than max_sequences");
@@ -419,6 +431,7 @@ void Program::check(const Step& step) const {
     require(step.start_positions[s] >= 0 && end <= limits_.max_positions, "a position is outside the context");
     const int64_t pages = (end + page_size - 1) / page_size;
     require(pages <= step.table_width, "the page table is too narrow for a sequence");
+    require(record.pages == nullptr || pages <= static_cast<int64_t>(8 * record.page_bytes), "a record of pages has too few of them");
     for (int64_t p = 0; p < pages; ++p) {
       const int32_t page = step.page_table[static_cast<int64_t>(s) * step.table_width + p];
       require(page >= 0 && page < limits_.num_pages, "a page is outside the pool");
@@ -427,6 +440,7 @@ void Program::check(const Step& step) const {
   for (int i = 0; i < step.num_logit_rows; ++i) {
     require(step.logit_rows[i] >= 0 && step.logit_rows[i] < step.num_tokens, "a logit row is outside the step");
   }
+  require(record.neurons == nullptr || most_neurons_ <= static_cast<int64_t>(8 * record.neuron_bytes), "a record of neurons has too few of them");
 }
 
 }  // namespace fallow

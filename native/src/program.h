@@ -139,6 +139,15 @@ struct Step {
   int num_logit_rows;
 };
 
+// Where the operations of a step write what they decided: arrays of the caller, zero before, null where nobody asks. Of the
+// bits in a byte the least significant is the first.
+struct Record {
+  uint8_t* pages = nullptr;    // [tokens][attentions that choose][kv heads][page_bytes], a bit a page that the query reads
+  uint8_t* neurons = nullptr;  // [tokens][networks][neuron_bytes], a bit a neuron at work; after the gather of logit rows alone
+  int32_t* tiles = nullptr;    // [logit rows], how many tiles of the head were computed exactly
+  size_t page_bytes = 0, neuron_bytes = 0;
+};
+
 class Program {
  public:
   Program(int threads, const std::string& isa, KvLayout layout, int num_layers, Limits limits);
@@ -157,10 +166,13 @@ class Program {
   // weights. Exact but for rounding, whatever the tokens.
   void centre(const std::vector<int32_t>& tokens);
 
-  // Throws std::invalid_argument where the step does not fit the program or its limits.
-  void check(const Step& step) const;
+  // Throws std::invalid_argument where the step does not fit the program or its limits, or the record the step.
+  void check(const Step& step, const Record& record = {}) const;
   // Then samples where `sample` is given (its logits are set here).
-  void run(const Step& step, SampleArgs* sample);
+  void run(const Step& step, SampleArgs* sample, const Record& record = {});
+  // Operations that write to a record, of either kind.
+  int num_choices() const { return num_choices_; }
+  int num_networks() const { return num_networks_; }
   // Of targets[i] under the logits of row i of the last run.
   void log_probabilities(const int32_t* targets, int count, float* out);
 
@@ -169,6 +181,7 @@ class Program {
   size_t logits_stride() const { return buffers_[logits_].stride; }
   const PackedLinear& weights(int i) const { return *weights_.at(i); }
   const Limits& limits() const { return limits_; }
+  const KvLayout& layout() const { return layout_; }
   // Since the program began: rows that were screened, tiles of the head that were computed for them, and how many of the
   // rows needed more than their shortlist.
   struct HeadCounts {
@@ -246,6 +259,7 @@ class Program {
   void execute(const op::AboveThreshold&, int index, int thread, const Part&);
   void execute(const op::Neurons&, int index, int thread, const Part&);
   void execute(const op::Spread&, int index, int thread, const Part&);
+  void record_neurons(int buffer, int count, float threshold, int index, const Part&, int begin, int end) const;
   void execute(const op::Gather&, int index, int thread, const Part&);
   void execute(const op::Screen&, int index, int thread, const Part&);
   void execute(const op::Shortlist&, int index, int thread, const Part&);
@@ -283,7 +297,7 @@ class Program {
   AttentionTask attention_task(const op::Attention&, const AttentionItem&) const;
   void list_full_pages();
   void summarise_pages(const op::Attention&, int thread);
-  void choose_pages(const op::Attention&, int row, int kv_head, ThreadScratch&);
+  void choose_pages(const op::Attention&, int index, int row, int kv_head, ThreadScratch&);
   uint8_t* chosen(int row, int kv_head) const {
     return chosen_.data() + (static_cast<size_t>(row) * layout_.num_kv_heads + kv_head) * segments_;
   }
@@ -359,6 +373,8 @@ class Program {
   };
   std::vector<Ahead> ahead_;
   std::vector<int> next_linear_;  // of each operation: the weights of the linear after it, or -1
+  std::vector<int> record_place_;  // of each operation: its place in a record, among those of its kind
+  int num_choices_ = 0, num_networks_ = 0, most_neurons_ = 0;
   int logits_ = -1;
   Memory pool_memory_;
   bool chooses_pages_ = false;
@@ -372,6 +388,7 @@ class Program {
 
   Step step_{};
   SampleArgs* sample_ = nullptr;
+  Record record_;
   std::vector<Sums> totals_;  // per operation, while centring
   int last_centred_ = 0;  // the last operation that centring needs
   std::mutex totals_mutex_;

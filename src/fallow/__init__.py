@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fallow.engine.engine import Engine
     from fallow.engine.outputs import RequestDelta, RequestOutput
     from fallow.engine.sampling import SamplingParams
+    from fallow.engine.trace import Trace
     from fallow.errors import FallowError, ModelFileError, OverloadedError, RequestError
     from fallow.plan import SparsityPlan
     from fallow.sparsification.run import SparsifyResult, sparsify
@@ -31,6 +32,7 @@ __all__ = [
     "SamplingParams",
     "SparsifyResult",
     "SparsityPlan",
+    "Trace",
     "TrainResult",
     "__version__",
     "load_recipe",
@@ -52,6 +54,7 @@ _MODULES = {
     "SamplingParams": "fallow.engine.sampling",
     "SparsifyResult": "fallow.sparsification.run",
     "SparsityPlan": "fallow.plan",
+    "Trace": "fallow.engine.trace",
     "TrainResult": "fallow.training.run",
     "load_recipe": "fallow.training.recipe",
     "sparsify": "fallow.sparsification.run",

@@ -137,6 +137,10 @@ class Program:
         repeated_offsets: _Ints | None = None,
         repeated_tokens: _Ints | None = None,
         allowed: npt.NDArray[np.uint32] | None = None,
+        *,
+        pages_read: npt.NDArray[np.uint8] | None = None,
+        neurons_at_work: npt.NDArray[np.uint8] | None = None,
+        tiles_computed: _Ints | None = None,
     ) -> _Sampled: ...
     def log_probabilities(self, targets: _Ints) -> _Floats: ...
     def logits(self, rows: int) -> _Floats: ...

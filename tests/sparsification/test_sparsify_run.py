@@ -18,6 +18,7 @@ from fallow.models.checkpoint import open_checkpoint
 from fallow.models.head_screen import SCREEN_FILE
 from fallow.models.info import describe
 from fallow.plan import SparsityPlan
+from fallow.sparsification.picture import PICTURES
 from fallow.sparsification.run import SparsifyResult, sparsify
 from fallow.sparsification.text import cut, written_by
 from fallow.sparsification.vocabulary import head_rules
@@ -67,6 +68,7 @@ def test_the_folder_is_the_model_with_its_plan(result: SparsifyResult, smollm2_g
 
     # What lies beside the weights screens the head, which changes no log-probability.
     assert (result.folder / SCREEN_FILE).is_file()
+    assert all((result.folder / name).stat().st_size > 10_000 for name in PICTURES)
     pages = replace(result.found.plan, head=None)
     assert answer(result.folder, None) == answer(smollm2_gguf, pages) != answer(smollm2_gguf, None)
     with pytest.raises(FallowError, match="make the plan again"):

@@ -64,6 +64,7 @@ def sparsify(
             "perplexity": f"{result.found.perplexity_ratio - 1:+.2%}",
             "faster": f"{result.measured:.2f} times (predicted {result.found.speedup:.2f})",
             "written to": out,
+            "drawn in": out / "frontier.svg",
         }
     )
 

@@ -27,6 +27,13 @@ SAMPLING_DTYPE = np.dtype(
 )
 
 
+def greedy(rows: int) -> npt.NDArray[np.void]:
+    """The sampling of rows that each take the most likely token, without log-probabilities."""
+    sampling = np.zeros(rows, SAMPLING_DTYPE)
+    sampling["top_p"], sampling["repetition_penalty"], sampling["logprobs"] = 1, 1, -1
+    return sampling
+
+
 @dataclass
 class StepBatch:
     """One step over S sequences, T tokens in all, R rows of which logits are wanted.

@@ -28,11 +28,13 @@ from fallow.engine.outputs import (
     TokenLogprob,
 )
 from fallow.engine.pages import PageManager
+from fallow.engine.replay import traced_answer
 from fallow.engine.sampling import SamplingParams
 from fallow.engine.scheduler import Scheduler
 from fallow.engine.sequence import Request
 from fallow.engine.sequence import Sequence as EngineSequence
 from fallow.engine.speculate import DRAFT_ROWS
+from fallow.engine.trace import Trace
 from fallow.errors import FallowError, RequestError
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.config import ModelConfig
@@ -340,6 +342,15 @@ class Engine:
             return call.result()
         finally:
             call.cancel()
+
+    def trace(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> Trace:
+        """Answer a prompt, and give what worked for each token of it and of the answer (docs/explain.md).
+
+        ``tokens`` are those that were computed, all but the last of the answer, and ``chosen`` is the answer. When it
+        is there, all is computed once more, to the same bits, and recorded; other requests wait for that. Raises as
+        ``generate``, and ``OverloadedError`` where there are not enough pages left.
+        """
+        return traced_answer(self, prompt, sampling_params or SamplingParams())
 
     def stream(
         self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None

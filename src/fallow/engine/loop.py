@@ -8,7 +8,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
 
 from fallow.engine.batch import StepBatch, StepResult
 from fallow.engine.outputs import EngineStats, FinishReason, RequestDelta
@@ -17,6 +18,7 @@ from fallow.engine.sequence import Request
 from fallow.errors import OverloadedError
 
 logger = logging.getLogger("fallow.engine")
+T = TypeVar("T")
 
 
 class Runner(Protocol):
@@ -78,6 +80,24 @@ class StepLoop:
         """End a request; nothing happens where it has ended already."""
         self._inbox.append(lambda: self._cancel(request_id))
         self._awake.set()
+
+    def between_steps(self, work: Callable[[], T]) -> T:
+        """Do some work on the thread while no step runs; not to be called on it. Raises what the work raises, and
+        ``OverloadedError`` where the engine is draining or closed."""
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
+
+        with self._changed:
+            if self._refusal is not None:
+                raise OverloadedError(self._refusal)
+            self._inbox.append(run)
+        self._awake.set()
+        return done.result()
 
     def drain(self, timeout: float | None) -> bool:
         """Refuse new requests and wait until all others have ended; whether they have."""

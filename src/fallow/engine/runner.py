@@ -10,8 +10,9 @@ import numpy as np
 
 from fallow import _native
 from fallow.arrays import Float32, Int32
-from fallow.engine.batch import SAMPLING_DTYPE, StepBatch, StepResult
-from fallow.engine.program import ProgramBuilder, layout_of
+from fallow.engine.batch import SAMPLING_DTYPE, StepBatch, StepResult, greedy
+from fallow.engine.program import TILE_ROWS, ProgramBuilder, layout_of
+from fallow.engine.trace import Trace, TraceShape
 from fallow.errors import FallowError, ModelFileError
 from fallow.models.head_screen import HeadScreen
 from fallow.models.resting import resting, screen_rule
@@ -92,6 +93,10 @@ class ModelRunner:
             raise
         except (ValueError, MemoryError) as error:
             raise ModelFileError(f"{checkpoint.path} cannot be run: {error or 'not enough memory'}.") from error
+        tiles = None if rule is None else -(-config.vocab_size // TILE_ROWS)
+        self._trace_shape = TraceShape(
+            rests, config.num_key_value_heads, self.page_size, config.intermediate_size, tiles
+        )
         self.precision = precision
         self.precision_report = builder.report
         self.page_bytes: int = self._program.page_bytes
@@ -153,12 +158,60 @@ class ModelRunner:
             scores[start : start + rows] = self._program.log_probabilities(np.ascontiguousarray(targets))
         return scores
 
+    def trace(
+        self,
+        tokens: npt.ArrayLike,
+        *,
+        sampling: npt.NDArray[np.void] | None = None,
+        pages: npt.ArrayLike | None = None,
+        chunk: int = 512,
+    ) -> Trace:
+        """What works for each of ``tokens`` of one sequence, and for the choice of a token after the last of them:
+        ``sampling`` (``SAMPLING_DTYPE``, ``[C]``) says how it is chosen after each of the last ``C``; None: greedily,
+        after all. No result depends on ``chunk``, nor is another than that of a step which is not traced.
+
+        Keys and values go to ``pages``, from 0 on where None are given: not beside ``step`` then. Raises
+        ``FallowError`` where there are no tokens, or more than fit the context or a trace of ``MAX_TRACE_BYTES``.
+        """
+        ids = np.ascontiguousarray(tokens, np.int32)
+        if not ids.size:
+            raise FallowError("There are no tokens to trace: give one or more.")
+        self._check_fits(ids.size)
+        sampling = greedy(ids.size) if sampling is None else sampling
+        trace = self._trace_shape.empty(ids, len(sampling))
+        table = np.arange(self._pages_for(ids.size)) if pages is None else np.asarray(pages)
+        table = np.ascontiguousarray(table, np.int32)[None, :]
+        step = min(chunk, self._max_step_tokens, self._max_logit_rows)
+        for start in range(0, ids.size, step):
+            part = slice(start, min(start + step, ids.size))
+            first = max(trace.first_choice, start)
+            choices = slice(first - trace.first_choice, max(part.stop - trace.first_choice, 0))
+            chosen, *_ = self._program.step(
+                ids[part],
+                np.array([0, part.stop - start], np.int32),
+                np.array([start], np.int32),
+                table,
+                np.arange(first - start, max(part.stop, first) - start, dtype=np.int32),
+                sampling[choices].view(np.uint8).reshape(-1, SAMPLING_DTYPE.itemsize),
+                pages_read=None if trace.pages is None else trace.pages.packed[part],
+                neurons_at_work=None if trace.neurons is None else trace.neurons.packed[part],
+                tiles_computed=None if trace.head is None else trace.head.tiles[choices],
+            )
+            trace.chosen[choices] = chosen
+        return trace
+
+    def _check_fits(self, count: int) -> None:
+        if count > self.max_context:
+            raise FallowError(f"{count} tokens do not fit the context of {self.max_context}.")
+
+    def _pages_for(self, count: int) -> int:
+        return -(-count // self.page_size)
+
     def _passes(self, tokens: npt.ArrayLike, chunk: int) -> Iterator[tuple[int, int]]:
         """Feeds one sequence through from position 0; yields how many rows have logits and the first one's position."""
         ids = np.ascontiguousarray(tokens, np.int32)
-        if ids.size > self.max_context:
-            raise FallowError(f"{ids.size} tokens do not fit the context of {self.max_context}.")
-        pages = np.arange(-(-ids.size // self.page_size), dtype=np.int32)[None, :]
+        self._check_fits(ids.size)
+        pages = np.arange(self._pages_for(ids.size), dtype=np.int32)[None, :]
         step = min(chunk, self._max_step_tokens, self._max_logit_rows)
         for start in range(0, ids.size, step):
             rows = min(step, ids.size - start)

@@ -13,6 +13,7 @@ import numpy as np
 
 from fallow.arrays import Int32
 from fallow.engine.batch import SAMPLING_DTYPE, StepBatch
+from fallow.engine.sampling import SamplingParams
 from fallow.engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=np.generic)
 Chunk = tuple[Sequence, int]
 """A sequence in prefill, and how many of its next tokens are in the step."""
+
+
+def sampling_row(params: SamplingParams, seed: int, draw: int) -> tuple[float, ...]:
+    """A row of ``SAMPLING_DTYPE``: how the token number ``draw`` of an output is chosen."""
+    return (
+        0.0 if params.is_greedy else params.temperature,
+        params.top_p,
+        params.min_p,
+        params.repetition_penalty,
+        max(params.top_k, 0),
+        -1 if params.logprobs is None else params.logprobs,
+        seed,
+        draw,
+    )
 
 
 class RunningSet:
@@ -169,17 +184,7 @@ class RunningSet:
         row = self._page_table[slot]
         row[: len(sequence.pages)] = sequence.pages
         row[len(sequence.pages) :] = -1
-        params = sequence.request.params
-        self._sampling[slot] = (
-            0.0 if params.is_greedy else params.temperature,
-            params.top_p,
-            params.min_p,
-            params.repetition_penalty,
-            max(params.top_k, 0),
-            -1 if params.logprobs is None else params.logprobs,
-            sequence.seed,
-            sequence.num_generated,
-        )
+        self._sampling[slot] = sampling_row(sequence.request.params, sequence.seed, sequence.num_generated)
 
     def _add_edits(self, batch: StepBatch, sampled: list[Sequence]) -> None:
         edits = [sequence.edits for sequence in sampled]

@@ -4,5 +4,6 @@ from importlib.util import find_spec
 
 from fallow.errors import FallowError
 
-if find_spec("torch") is None:
-    raise FallowError("fallow sparsify needs torch, which is not installed: pip install 'fallow[train]'.")
+for name in ("torch", "matplotlib"):
+    if find_spec(name) is None:
+        raise FallowError(f"fallow sparsify needs {name}, which is not installed: pip install 'fallow[train]'.")

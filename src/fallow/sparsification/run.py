@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from fallow.models.tokenizer import load_tokenizer
 from fallow.plan import FILE_NAME, SparsityPlan
 from fallow.sparsification.judge import Judge
 from fallow.sparsification.page_prices import page_errors
+from fallow.sparsification.picture import PICTURES, draw
 from fallow.sparsification.plans import Load, PageChoices
 from fallow.sparsification.sensitivity import sensitivities
 from fallow.sparsification.solve import choose
@@ -141,8 +143,10 @@ def sparsify(
     alone = Point(0.0, 1.0, cost.speedup(choices.dense), start)
     found = max(within, key=lambda point: point.speedup, default=alone)
     measured = judge.speedup(found.plan)
-    _write(checkpoint, found.plan, head_screen, folder)
     ordered = tuple(sorted(frontier, key=lambda point: point.resting))
+    with _written(checkpoint, found.plan, head_screen, folder) as partial:
+        title = f"{Path(model).name}, batch {batch}, {context:,} tokens of context"
+        draw(ordered, found, budget=budget, title=title, folder=partial)
     return SparsifyResult(str(model), folder, choices.load, found, measured, ordered)
 
 
@@ -218,14 +222,19 @@ def _digest(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def _write(checkpoint: Checkpoint, plan: SparsityPlan, head_screen: HeadScreen | None, folder: Path) -> None:
-    """The model's files, the plan and what it needs; the folder is complete or not there."""
+@contextmanager
+def _written(
+    checkpoint: Checkpoint, plan: SparsityPlan, head_screen: HeadScreen | None, folder: Path
+) -> Iterator[Path]:
+    """The model's files, the plan and what it needs, in a folder that more can be written to; when the block ends it is
+    complete, and where it raises not there."""
     source = checkpoint.path
     files = [source] if source.is_file() else [file for file in source.iterdir() if file.is_file()]
     with replacing_folder(folder) as partial:
         for file in files:
-            if file.name not in (FILE_NAME, SCREEN_FILE):
+            if file.name not in (FILE_NAME, SCREEN_FILE, *PICTURES):
                 shutil.copyfile(file, partial / file.name)
         plan.save(partial / FILE_NAME)
         if head_screen is not None:
             head_screen.save(partial)
+        yield partial

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fallow.engine.batch import SAMPLING_DTYPE, StepBatch
+from fallow.engine.batch import StepBatch, greedy
 from fallow.engine.runner import ModelRunner
 
 _STEPS = 12
@@ -48,7 +48,6 @@ def pages_of(context: int) -> int:
 
 
 def _batch(tokens: np.ndarray, offsets: np.ndarray, positions: np.ndarray, table: np.ndarray) -> StepBatch:
-    sampling = np.zeros(len(positions), SAMPLING_DTYPE)
-    sampling["top_p"], sampling["repetition_penalty"], sampling["logprobs"] = 1, 1, -1
+    sampling = greedy(len(positions))
     offsets, positions = offsets.astype(np.int32), positions.astype(np.int32)
     return StepBatch(tokens, offsets, positions, table, offsets[1:] - 1, sampling)

@@ -1,0 +1,118 @@
+"""What worked for each token: of every axis on which a plan lets something rest, the parts that did not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fallow.arrays import Bytes, Int32
+from fallow.errors import FallowError
+from fallow.models.resting import Resting
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+MAX_TRACE_BYTES = 1 << 30
+_ONES = np.array([number.bit_count() for number in range(256)], np.uint8)  # of each byte
+_COUNTED = 1 << 22  # bytes at once
+
+
+@dataclass(frozen=True)
+class Worked:
+    """Which parts worked in those ``layers`` that have a rule: ``packed`` uint8 ``[T, layers, ..., bytes]``, a bit a
+    part, the least significant of a byte first; ``size`` parts in all."""
+
+    layers: tuple[int, ...]
+    packed: Bytes
+    size: int
+
+    @property
+    def counts(self) -> Int32:
+        """How many of them, ``[T, layers, ...]``."""
+        counts = np.empty(self.packed.shape[:-1], np.int32)
+        rows = max(_COUNTED // max(self.packed[:1].nbytes, 1), 1)
+        for start in range(0, len(counts), rows):
+            part = slice(start, start + rows)
+            _ONES[self.packed[part]].sum(-1, dtype=np.int32, out=counts[part])
+        return counts
+
+    def unpacked(self, tokens: slice = slice(None)) -> npt.NDArray[np.bool_]:
+        """Whether each of them did, bool ``[tokens, layers, ..., size]``; eight times the memory, so ``tokens`` may be
+        a slice of all."""
+        bits = np.unpackbits(self.packed[tokens], axis=-1, count=self.size, bitorder="little")
+        return bits.view(np.bool_)
+
+
+@dataclass(frozen=True)
+class HeadWork:
+    """For each choice of a token how many ``tiles`` of the head (16 words each, of ``size`` in all) were computed
+    exactly, int32 ``[C]``."""
+
+    tiles: Int32
+    size: int
+
+    @property
+    def whole(self) -> npt.NDArray[np.bool_]:
+        """Whether the whole head was, ``[C]``."""
+        whole: npt.NDArray[np.bool_] = self.tiles == self.size
+        return whole
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The work for ``T`` tokens of a sequence and for ``C`` choices: ``chosen[i]`` was chosen after
+    ``tokens[first_choice + i]``. An axis is None where the plan lets nothing rest on it.
+
+    ``pages``: the pages of the KV cache that a token's query read, ``[T, layers, kv_heads, pages]``; to the token at
+    position ``p`` there are ``p // 32 + 1`` of them. ``neurons``: those of feed-forward networks, ``[T, layers,
+    intermediate]``; in the model's last layer only tokens have any after which there is a choice, since it computes
+    no others. ``head``: the vocabulary.
+    """
+
+    tokens: Int32
+    chosen: Int32
+    pages: Worked | None = None
+    neurons: Worked | None = None
+    head: HeadWork | None = None
+
+    @property
+    def first_choice(self) -> int:
+        """The token after which the first choice is made: the last one of a prompt."""
+        return len(self.tokens) - len(self.chosen)
+
+
+@dataclass(frozen=True)
+class TraceShape:
+    """What a trace of one model and plan is made of; ``tiles`` of the head, None where it is not screened."""
+
+    rests: Sequence[Resting]
+    kv_heads: int
+    page_size: int
+    intermediate_size: int
+    tiles: int | None
+
+    def empty(self, tokens: Int32, choices: int) -> Trace:
+        """In which nothing has worked yet. Raises ``FallowError`` where it would be larger than ``MAX_TRACE_BYTES``."""
+        count = len(tokens)
+        pages = tuple(layer for layer, rests in enumerate(self.rests) if rests.pages is not None)
+        neurons = tuple(layer for layer, rests in enumerate(self.rests) if rests.neurons is not None)
+        most_pages = -(-count // self.page_size)
+        page_bits = (count, len(pages), self.kv_heads, -(-most_pages // 8))
+        neuron_bits = (count, len(neurons), -(-self.intermediate_size // 8))
+        size = math.prod(page_bits) + math.prod(neuron_bits)
+        if size > MAX_TRACE_BYTES:
+            raise FallowError(
+                f"A trace of {count:,} tokens of this model would take {size / 2**30:.1f} GiB, more than the "
+                f"{MAX_TRACE_BYTES >> 30} GiB that one may: trace fewer tokens."
+            )
+        return Trace(
+            tokens,
+            np.zeros(choices, np.int32),
+            Worked(pages, np.zeros(page_bits, np.uint8), most_pages) if pages else None,
+            Worked(neurons, np.zeros(neuron_bits, np.uint8), self.intermediate_size) if neurons else None,
+            None if self.tiles is None else HeadWork(np.zeros(choices, np.int32), self.tiles),
+        )
