@@ -22,7 +22,8 @@ constexpr int most_rounds = 2;  // of further tiles, before a row gets all of th
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
 bool is_noisy(const SamplingRow& p) { return p.is_draw() && p.is_from_all(); }
-bool needs_all(const SamplingRow& p) { return p.is_draw() && p.top_p < 1.f; }
+// A draft's draws are those of the whole head, without noise.
+bool needs_all(const SamplingRow& p, Mode mode) { return p.is_draw() && (p.top_p < 1.f || (mode == Mode::draft && p.is_from_all())); }
 
 }  // namespace
 
@@ -41,10 +42,10 @@ const PackedSigns& Program::screen() const { return *signs_[std::get<op::Screen>
 
 void Program::begin_head() {
   if (rescore_ < 0) return;
-  if (sample_ != nullptr) sample_->perturb = kernels_.perturb;
+  if (sample_ != nullptr && step_.mode == Mode::plan) sample_->perturb = kernels_.perturb;
   for (int r = 0; r < step_.num_logit_rows; ++r) {
     HeadRow& head = head_rows_[r];
-    head.screened = sample_ != nullptr && is_plain(*sample_, r) && !needs_all(sample_->sampling[r]);
+    head.screened = sample_ != nullptr && step_.mode != Mode::dense && is_plain(*sample_, r) && !needs_all(sample_->sampling[r], step_.mode);
     head.whole = !head.screened;
     head.doubtful = false;
     head.rounds = 0;
