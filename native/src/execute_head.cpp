@@ -4,6 +4,7 @@
 // the standard deviation for each row over some text; how much larger or smaller they are for this token is known from
 // the logits of which there are both. A draw from the whole distribution takes the largest logit too, after noise
 // (kernels/noise.h); one under top-k or min-p hangs on the last token that was kept; one under top-p needs all logits.
+// Drafts (Mode::draft) take what the shortlist says.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -22,8 +23,7 @@ constexpr int most_rounds = 2;  // of further tiles, before a row gets all of th
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
 bool is_noisy(const SamplingRow& p) { return p.is_draw() && p.is_from_all(); }
-// A draft's draws are those of the whole head, without noise.
-bool needs_all(const SamplingRow& p, Mode mode) { return p.is_draw() && (p.top_p < 1.f || (mode == Mode::draft && p.is_from_all())); }
+bool needs_all(const SamplingRow& p) { return p.is_draw() && p.top_p < 1.f; }
 
 }  // namespace
 
@@ -45,7 +45,8 @@ void Program::begin_head() {
   if (sample_ != nullptr && step_.mode == Mode::plan) sample_->perturb = kernels_.perturb;
   for (int r = 0; r < step_.num_logit_rows; ++r) {
     HeadRow& head = head_rows_[r];
-    head.screened = sample_ != nullptr && step_.mode != Mode::dense && is_plain(*sample_, r) && !needs_all(sample_->sampling[r], step_.mode);
+    head.screened = sample_ != nullptr && step_.mode != Mode::dense && is_plain(*sample_, r) &&
+                    (step_.mode == Mode::draft || !needs_all(sample_->sampling[r]));
     head.whole = !head.screened;
     head.doubtful = false;
     head.rounds = 0;
@@ -78,7 +79,7 @@ void Program::finish_logits(int r, float cap, int first, int last, float* logits
   const int width = (last - first) * lanes;
   if (cap > 0.f) kernels_.soft_cap(values, width, cap);
   const SamplingRow& p = sample_->sampling[r];
-  if (is_noisy(p)) kernels_.perturb(values, first * lanes, width, p.temperature, noise_key(p), values);
+  if (is_noisy(p) && step_.mode == Mode::plan) kernels_.perturb(values, first * lanes, width, p.temperature, noise_key(p), values);
 }
 
 void Program::execute(const op::Shortlist& o, int, int thread, const Part& part) {
@@ -181,6 +182,11 @@ void Program::choose_token(int r, SampleScratch& scratch) {
   if (head.rounds == 0) head.listed = head.exact.size();
   const float* logits = sample_->logits + static_cast<size_t>(r) * sample_->stride;
   const SamplingRow& p = sample_->sampling[r];
+  if (step_.mode == Mode::draft) {  // it may be wrong: the approximate logits serve beside the exact ones
+    if (p.is_draw()) sample_row(*sample_, r, scratch);
+    else take_largest(r, logits);
+    return;
+  }
   const float reach = p.is_draw() && !is_noisy(p) ? sample_row(*sample_, r, scratch).reach : take_largest(r, logits);
   kernels_.screened_peaks(screen(), logits, safe_deviations * std::max(head.scale, 1e-6f), 0, screen().tiles, head.peaks.data());
   head.wanted.clear();

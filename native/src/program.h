@@ -122,7 +122,8 @@ struct Limits {
 };
 
 // What rests in a step. Under `dense` all pages are read and the head is whole, to the bits of a program without a plan's
-// axes attention and head. Under `draft` the plan holds, but a token is drawn the way a dense step draws it.
+// axes attention and head. Under `draft` the plan holds, and a token is drawn the way a dense step draws it, but likely
+// rather than surely the one that it would draw of the same logits.
 enum class Mode { plan, draft, dense };
 
 // One step, all checked by Program::check.

@@ -20,7 +20,8 @@ def pages(*tops: int) -> tuple[LayerRule, ...]:
     )
 
 
-HEAD = (LayerRule("screen", parameters={"rank": 16, "candidates": 256}),)
+CANDIDATES = 256
+HEAD = (LayerRule("screen", parameters={"rank": 16, "candidates": CANDIDATES}),)
 
 
 def lean_model(weights: Path, folder: Path, plan: SparsityPlan) -> Path:

@@ -26,6 +26,13 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, show_default="as many as cores may be used", help="Threads of the engine."),
 ]
+Speculation = Annotated[
+    Literal["off", "prompt-lookup", "self"],
+    typer.Option(
+        help="What drafts tokens that one step verifies: the text so far; or the model itself under its plan, and the "
+        "output is the dense model's. Changes the speed, not the output."
+    ),
+]
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/quick.toml.")]
 Overrides = Annotated[
