@@ -183,8 +183,11 @@ void Program::choose_token(int r, SampleScratch& scratch) {
   const float* logits = sample_->logits + static_cast<size_t>(r) * sample_->stride;
   const SamplingRow& p = sample_->sampling[r];
   if (step_.mode == Mode::draft) {  // it may be wrong: the approximate logits serve beside the exact ones
-    if (p.is_draw()) sample_row(*sample_, r, scratch);
-    else take_largest(r, logits);
+    if (p.is_draw()) {
+      sample_row(*sample_, r, scratch);
+    } else {
+      take_largest(r, logits);
+    }
     return;
   }
   const float reach = p.is_draw() && !is_noisy(p) ? sample_row(*sample_, r, scratch).reach : take_largest(r, logits);

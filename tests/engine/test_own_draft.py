@@ -71,6 +71,14 @@ def test_sequences_without_drafts_wait_for_those_with_some() -> None:
     assert pays.length(LOAD, [0.9], 0, 0) == 0
 
 
+def test_rounds_that_ended_otherwise_than_they_began_do_not_count() -> None:
+    pays = Pays()
+    for _ in range(FEWEST):
+        pays.saw_plain(LOAD, 1.0)
+        pays.saw_verification(LOAD, 3, 1.1)  # its drafts were of another load: a sequence ended in between
+    assert pays.length(LOAD, [0.9], 0, 8) == TRIAL_DRAFT
+
+
 def test_what_does_not_pay_is_tried_more_and_more_rarely() -> None:
     chosen = lengths(Pays(), 4000, rates=[0.3], plain=1.0, draft=0.9, row=0.1)
     trials = [step for step, length in enumerate(chosen) if length]

@@ -29,8 +29,8 @@ Threads = Annotated[
 Speculation = Annotated[
     Literal["off", "prompt-lookup", "self"],
     typer.Option(
-        help="What drafts tokens that one step verifies: the text so far; or the model itself under its plan, and the "
-        "output is the dense model's. Changes the speed, not the output."
+        help="What drafts tokens that one step verifies, for speed: the text so far, which changes no output, or the "
+        "model under its plan, where the output is the dense model's."
     ),
 ]
 

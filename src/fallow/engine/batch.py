@@ -39,8 +39,8 @@ class StepBatch:
     ``page_table[s, j]`` is the page of positions ``j * page_size`` to ``(j + 1) * page_size - 1``.
 
     What rests is what ``mode`` says: under ``plan`` what the plan says; under ``dense`` neither pages nor words, to the
-    bits of a model without these axes; under ``draft`` what the plan says, but tokens are likely those that a dense step
-    would draw, not surely: only the head's shortlist is computed.
+    bits of a model without these axes; under ``draft`` what the plan says, but tokens are likely, if not surely, those
+    that a dense step would draw of the same logits: of a screened head only the shortlist is computed.
     """
 
     tokens: Int32  # [T]

@@ -13,7 +13,7 @@ from statistics import median
 LONGEST_DRAFT = 8
 TRIAL_DRAFT = 3
 RECENT = 9  # steps of a kind of which the median counts
-FEWEST = 2  # steps of a kind that are seen before it counts
+FEWEST = 3  # steps of a kind that are seen before it counts
 PLAIN_EVERY = 32  # rounds: as sequences grow, the time of a step without drafts is looked at again
 FIRST_PAUSE = 16
 LONGEST_PAUSE = 512
@@ -48,7 +48,7 @@ class Pays:
         most = min(most, LONGEST_DRAFT)
         if most <= 0 or len(costs.plain) < FEWEST:
             return 0
-        if len(costs.row) < FEWEST:
+        if min(len(costs.draft), len(costs.row)) < FEWEST:
             return min(most, TRIAL_DRAFT)
 
         def tokens_per_second(length: int) -> float:
@@ -69,7 +69,7 @@ class Pays:
         self._of(load).draft.append(seconds)
 
     def saw_verification(self, load: Load, further_rows: float, seconds: float) -> None:
-        """A step with so many rows beside the first one, the mean of the sequences."""
+        """A step with so many rows beside the first one, the mean of the sequences with drafts."""
         costs = self._of(load)
         if costs.plain:
             costs.row.append(max(seconds - median(costs.plain), 0.0) / further_rows)

@@ -13,6 +13,7 @@ from array import array
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
+from statistics import mean
 
 from fallow.engine.batch import StepBatch, StepResult
 from fallow.engine.outputs import FinishReason, RequestDelta, TokenLogprob, TopToken
@@ -153,6 +154,7 @@ class Scheduler:
             draft.wanted = min(length, sequence.max_length - len(sequence.tokens) - 1)
             free = running.free_positions(sequence.slot)
             if free < draft.wanted and self.pages.available_pages > self.pages_in_reserve:
+                self._register(sequence, len(sequence.tokens) - 1)
                 running.give_page(sequence, self.pages.allocate())
                 free += self.pages.page_size
             draft.wanted = min(draft.wanted, free)
@@ -323,7 +325,7 @@ class Scheduler:
         if self._drafting:
             pays.saw_draft(self._load, seconds)
         elif self._drafts is not None and not self._chunks:
-            pays.saw_verification(self._load, sum(map(len, self._drafts)) / len(self._drafts), seconds)
+            pays.saw_verification(self._load, mean(len(draft) for draft in self._drafts if draft), seconds)
         elif not self._chunks:
             pays.saw_plain(self._load, seconds)
 
