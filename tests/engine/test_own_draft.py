@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,10 @@ def test_the_bits_of_the_dense_model_in_any_batch(
     start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start(pages=64, prefix_caching=False)
-    requests = random_requests(engine.tokenizer.vocab_size)[:24]
+    requests = [
+        (prompt, replace(params, stop=("e", "a b")) if number % 5 == 0 else params)
+        for number, (prompt, params) in enumerate(random_requests(engine.tokenizer.vocab_size)[:24])
+    ]
     order = list(range(len(requests)))
     dense = Run(engine, requests, None)
     for number in order:
