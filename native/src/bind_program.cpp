@@ -22,6 +22,13 @@ using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
+Mode mode_of(const std::string& name) {
+  if (name == "plan") return Mode::plan;
+  if (name == "draft") return Mode::draft;
+  if (name == "dense") return Mode::dense;
+  throw std::invalid_argument("mode " + name + " is not known: plan, draft or dense");
+}
+
 Step step_of(const Ints& tokens, const Ints& row_offsets, const Ints& start_positions, const Table& page_table, const Ints& logit_rows) {
   if (start_positions.size() == 0 || row_offsets.size() != start_positions.size() + 1 || page_table.shape(0) != start_positions.size()) {
     throw std::invalid_argument("row_offsets, start_positions and page_table describe different numbers of sequences");
@@ -221,9 +228,10 @@ void bind_program(nb::module_& m) {
           [](Program& p, const Ints& tokens, const Ints& row_offsets, const Ints& start_positions, const Table& page_table, const Ints& logit_rows,
              const RowBytes& sampling, std::optional<Int32Array> bias_offsets, std::optional<Int32Array> bias_tokens,
              std::optional<FloatArray> bias_values, std::optional<Int32Array> repeated_offsets, std::optional<Int32Array> repeated_tokens,
-             std::optional<WordRows> allowed, std::optional<PageRecord> pages_read, std::optional<NeuronRecord> neurons_at_work,
-             std::optional<TileRecord> tiles_computed) {
-            const Step step = step_of(tokens, row_offsets, start_positions, page_table, logit_rows);
+             std::optional<WordRows> allowed, const std::string& mode, std::optional<PageRecord> pages_read,
+             std::optional<NeuronRecord> neurons_at_work, std::optional<TileRecord> tiles_computed) {
+            Step step = step_of(tokens, row_offsets, start_positions, page_table, logit_rows);
+            step.mode = mode_of(mode);
             SampleCall call(step.num_logit_rows, p.vocab_size(), sampling,
                             {bias_offsets, bias_tokens, bias_values, repeated_offsets, repeated_tokens, allowed});
             {
@@ -236,8 +244,8 @@ void bind_program(nb::module_& m) {
           },
           "tokens"_a, "row_offsets"_a, "start_positions"_a, "page_table"_a, "logit_rows"_a, "sampling"_a, "bias_offsets"_a = nb::none(),
           "bias_tokens"_a = nb::none(), "bias_values"_a = nb::none(), "repeated_offsets"_a = nb::none(), "repeated_tokens"_a = nb::none(),
-          "allowed"_a = nb::none(), nb::kw_only(), "pages_read"_a.noconvert() = nb::none(), "neurons_at_work"_a.noconvert() = nb::none(),
-          "tiles_computed"_a.noconvert() = nb::none())
+          "allowed"_a = nb::none(), "mode"_a = "plan", nb::kw_only(), "pages_read"_a.noconvert() = nb::none(),
+          "neurons_at_work"_a.noconvert() = nb::none(), "tiles_computed"_a.noconvert() = nb::none())
       .def(
           "log_probabilities",
           [](Program& p, const Ints& targets) {

@@ -71,7 +71,7 @@ void Program::list_pages_ahead() {
       const int low = window > 0 ? std::max(0, first + 1 - window) : 0;
       const int recent = first / page_size + 1 - reach.recent;
       for (int page = low / page_size; page * page_size < end && pages.size() < most; ++page) {
-        if (reach.chooses && page >= reach.sinks && page < recent) continue;
+        if (reach.chooses && step_.mode != Mode::dense && page >= reach.sinks && page < recent) continue;
         pages.push_back(step_.page_table[static_cast<size_t>(s) * step_.table_width + page]);
       }
     }
@@ -102,7 +102,7 @@ AttentionTask Program::attention_task(const op::Attention& o, const AttentionIte
           page(o.layer, 0),
           page_stride(),
           step_.page_table + static_cast<size_t>(item.sequence) * step_.table_width,
-          o.choice.top.empty() ? nullptr : chosen(item.row, item.kv_head),
+          chooses(o) ? chosen(item.row, item.kv_head) : nullptr,
           static_cast<size_t>(layout_.num_kv_heads) * segments_};
 }
 
@@ -158,7 +158,7 @@ void Program::choose_pages(const op::Attention& o, int index, int row, int kv_he
 }
 
 unsigned Program::read_pages(const op::Attention& o, const AttentionItem& item, int segment) const {
-  if (o.choice.top.empty()) return 0xffu;
+  if (!chooses(o)) return 0xffu;
   unsigned any = 0;
   for (int r = item.row; r < item.row + item.rows; ++r) any |= chosen(r, item.kv_head)[segment];
   return any;
@@ -209,7 +209,7 @@ void Program::attend_segment(const op::Attention& o, int index, ThreadScratch& s
     return;
   }
   AttentionTask task = attention_task(o, item);
-  const size_t next = index + (o.choice.top.empty() ? pool_.size() : 1);  // likely this thread's
+  const size_t next = index + (chooses(o) ? 1 : pool_.size());  // likely this thread's
   if (next < items_.size() && items_[next].segment >= 0) task.next_keys = first_keys(o, items_[next], items_[next].segment);
   kernels_.attention(task, item.segment, split_partials_.data() + item.partial,
                      split_values_.as<float>() + static_cast<size_t>(item.partial) * layout_.padded_dim(), scratch.scores.as<float>());
@@ -233,8 +233,9 @@ void Program::merge_segments(const op::Attention& o, const AttentionItem& item, 
 
 void Program::execute(const op::Attention& o, int index, int thread, const Part&) {
   ThreadScratch& scratch = scratch_[thread];
-  const bool chooses = !o.choice.top.empty();
-  if (chooses && !full_pages_.empty()) {
+  const bool chooses = this->chooses(o);
+  // A dense step keeps them too: later ones may choose.
+  if (!o.choice.top.empty() && !full_pages_.empty()) {
     summarise_pages(o, thread);
     pool_.barrier();
   }

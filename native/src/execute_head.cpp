@@ -4,6 +4,7 @@
 // the standard deviation for each row over some text; how much larger or smaller they are for this token is known from
 // the logits of which there are both. A draw from the whole distribution takes the largest logit too, after noise
 // (kernels/noise.h); one under top-k or min-p hangs on the last token that was kept; one under top-p needs all logits.
+// Drafts (Mode::draft) take what the shortlist says.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -41,10 +42,11 @@ const PackedSigns& Program::screen() const { return *signs_[std::get<op::Screen>
 
 void Program::begin_head() {
   if (rescore_ < 0) return;
-  if (sample_ != nullptr) sample_->perturb = kernels_.perturb;
+  if (sample_ != nullptr && step_.mode == Mode::plan) sample_->perturb = kernels_.perturb;
   for (int r = 0; r < step_.num_logit_rows; ++r) {
     HeadRow& head = head_rows_[r];
-    head.screened = sample_ != nullptr && is_plain(*sample_, r) && !needs_all(sample_->sampling[r]);
+    head.screened = sample_ != nullptr && step_.mode != Mode::dense && is_plain(*sample_, r) &&
+                    (step_.mode == Mode::draft || !needs_all(sample_->sampling[r]));
     head.whole = !head.screened;
     head.doubtful = false;
     head.rounds = 0;
@@ -77,7 +79,7 @@ void Program::finish_logits(int r, float cap, int first, int last, float* logits
   const int width = (last - first) * lanes;
   if (cap > 0.f) kernels_.soft_cap(values, width, cap);
   const SamplingRow& p = sample_->sampling[r];
-  if (is_noisy(p)) kernels_.perturb(values, first * lanes, width, p.temperature, noise_key(p), values);
+  if (is_noisy(p) && step_.mode == Mode::plan) kernels_.perturb(values, first * lanes, width, p.temperature, noise_key(p), values);
 }
 
 void Program::execute(const op::Shortlist& o, int, int thread, const Part& part) {
@@ -180,6 +182,14 @@ void Program::choose_token(int r, SampleScratch& scratch) {
   if (head.rounds == 0) head.listed = head.exact.size();
   const float* logits = sample_->logits + static_cast<size_t>(r) * sample_->stride;
   const SamplingRow& p = sample_->sampling[r];
+  if (step_.mode == Mode::draft) {  // it may be wrong: the approximate logits serve beside the exact ones
+    if (p.is_draw()) {
+      sample_row(*sample_, r, scratch);
+    } else {
+      take_largest(r, logits);
+    }
+    return;
+  }
   const float reach = p.is_draw() && !is_noisy(p) ? sample_row(*sample_, r, scratch).reach : take_largest(r, logits);
   kernels_.screened_peaks(screen(), logits, safe_deviations * std::max(head.scale, 1e-6f), 0, screen().tiles, head.peaks.data());
   head.wanted.clear();

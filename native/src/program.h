@@ -126,6 +126,11 @@ struct Limits {
   int max_tokens, max_sequences, max_logit_rows, num_pages, max_positions;
 };
 
+// What rests in a step. Under `dense` all pages are read and the head is whole, to the bits of a program without a plan's
+// axes attention and head. Under `draft` the plan holds, and a token is drawn the way a dense step draws it, but likely
+// rather than surely the one that it would draw of the same logits.
+enum class Mode { plan, draft, dense };
+
 // One step, all checked by Program::check.
 struct Step {
   const int32_t* tokens;
@@ -137,6 +142,7 @@ struct Step {
   int table_width;
   const int32_t* logit_rows;
   int num_logit_rows;
+  Mode mode = Mode::plan;
 };
 
 // Where the operations of a step write what they decided: arrays of the caller, zero before, null where nobody asks. Of the
@@ -291,6 +297,7 @@ class Program {
   void sample_rows(int thread);
   void count_head_rows();
 
+  bool chooses(const op::Attention& o) const { return !o.choice.top.empty() && step_.mode != Mode::dense; }
   void attend(const op::Attention&, const AttentionItem&, ThreadScratch&);
   void attend_segment(const op::Attention&, int item, ThreadScratch&);
   void merge_segments(const op::Attention&, const AttentionItem&, ThreadScratch&);

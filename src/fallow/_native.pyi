@@ -137,6 +137,7 @@ class Program:
         repeated_offsets: _Ints | None = None,
         repeated_tokens: _Ints | None = None,
         allowed: npt.NDArray[np.uint32] | None = None,
+        mode: str = "plan",
         *,
         pages_read: npt.NDArray[np.uint8] | None = None,
         neurons_at_work: npt.NDArray[np.uint8] | None = None,

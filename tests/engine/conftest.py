@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lean_model import HEAD, lean_model, pages
 from reference_runner import ReferenceRunner, byte_tokenizer
 
 from fallow.engine.engine import Engine
+from fallow.plan import SparsityPlan
 
 StartEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def lean_smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with SmolLM2 and a plan that is harsh enough to be wrong at times."""
+    plan = SparsityPlan(attention=pages(1, 0, 1), head=HEAD)
+    return lean_model(smollm2_gguf, tmp_path_factory.mktemp("lean"), plan)
 
 
 @pytest.fixture(params=["reference", "smollm2"])

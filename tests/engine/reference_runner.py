@@ -3,7 +3,7 @@
 Its keys and values are hashes of the token, its position and all that came before, kept in pages as the page table
 says, and its logits are hashes of what is read back from there. So a wrong page, a wrong position, a page shared that
 should not be, a chunk cut wrongly or a draft that left something behind changes what it writes. Steps that break the
-contract of ``StepBatch`` fail.
+contract of ``StepBatch`` fail, and so do those that read what another step drafted and are no draft themselves.
 """
 
 from __future__ import annotations
@@ -66,22 +66,33 @@ def config(max_context: int) -> ModelConfig:
 
 
 class ReferenceRunner:
-    """``spread`` makes the distributions sharper; ``repeating`` makes drafts come true."""
+    """``spread`` makes the distributions sharper; ``repeating`` makes drafts by prompt lookup come true. Of the model's
+    own drafts the share ``harsh`` of the rows is wrong."""
 
     page_size = 8
 
-    def __init__(self, num_pages: int, *, max_context: int = 512, spread: float = 8.0, repeating: bool = False) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        *,
+        max_context: int = 512,
+        spread: float = 8.0,
+        repeating: bool = False,
+        harsh: float = 0.0,
+    ) -> None:
         self.config = config(max_context)
         self.vocab_size = VOCAB_SIZE
         self.num_pages = num_pages
         self.max_context = max_context
         self.spread = spread
         self.repeating = repeating
+        self.harsh = harsh
         self.steps = 0
         self.fail_at: set[int] = set()
         self.closed = False
         random = np.random.default_rng(0)
         self.cache = random.integers(0, 2**63, (num_pages, self.page_size), U64)
+        self.drafted = np.zeros((num_pages, self.page_size), bool)
 
     def step(self, batch: StepBatch) -> StepResult:
         self.steps += 1
@@ -118,11 +129,19 @@ class ReferenceRunner:
                         entry = mix(mix(batch.tokens[row]) + mix(position) + before)
                         states[row] = mix(entry + before)
                     self.cache[pages[position // size], position % size] = entry
+                self._draft(batch, row, position, states)
+                self.drafted[pages[position // size], position % size] = batch.mode == "draft"
+                assert batch.mode == "draft" or not self.drafted[pages].reshape(-1)[: position + 1].any()
         for s in range(sequences):
             start, rows = int(batch.start_positions[s]), batch.row_offsets[s + 1] - batch.row_offsets[s]
             read = set(batch.page_table[s, : -(-(start + rows) // size)].tolist())
             assert all(writers.get(page, s) == s for page in read), "a page is read while another sequence writes to it"
         return self._sample(batch, states[batch.logit_rows])
+
+    def _draft(self, batch: StepBatch, row: int, position: int, states: Any) -> None:
+        with np.errstate(over="ignore"):
+            if batch.mode == "draft" and float(mix(position + mix(batch.tokens[row])) >> U64(11)) / 2**53 < self.harsh:
+                states[row] = mix(states[row])
 
     def _check(self, batch: StepBatch) -> None:
         for array in (batch.tokens, batch.row_offsets, batch.start_positions, batch.page_table, batch.logit_rows):

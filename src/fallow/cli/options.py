@@ -26,6 +26,13 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, show_default="as many as cores may be used", help="Threads of the engine."),
 ]
+Speculation = Annotated[
+    Literal["off", "prompt-lookup", "self"],
+    typer.Option(
+        help="What drafts tokens that one step verifies, for speed: the text so far, which changes no output, or the "
+        "model under its plan, where the output is the dense model's."
+    ),
+]
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/quick.toml.")]
 Overrides = Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fallow.cli.options import DEFAULT_MODEL, Json, Precision, Threads, fetch
+from fallow.cli.options import DEFAULT_MODEL, Json, Precision, Speculation, Threads, fetch
 from fallow.terminal import note, print_json, spinner, write_text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -27,6 +27,7 @@ def run(
     top_k: Annotated[int, typer.Option(min=0, help="Sample from this many tokens; 0 is all.")] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 512,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same answer.")] = None,
+    speculation: Speculation = "off",
     precision: Precision = "auto",
     threads: Threads = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as it is, without the chat template.")] = False,
@@ -52,7 +53,13 @@ def run(
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
     fetch(model)
     with spinner(f"Loading {model}"):
-        engine = Engine(model, precision=precision, threads=threads, max_num_seqs=1)
+        engine = Engine(
+            model,
+            precision=precision,
+            threads=threads,
+            max_num_seqs=1,
+            speculation=None if speculation == "off" else speculation,
+        )
     try:
         conversation = Conversation(engine, sampling, system=system)
         if prompt is None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from fallow.cli.options import DEFAULT_MODEL, Model, Precision, Threads, fetch
+from fallow.cli.options import DEFAULT_MODEL, Model, Precision, Speculation, Threads, fetch
 from fallow.terminal import spinner
 
 
@@ -28,9 +28,7 @@ def serve(
     max_context: Annotated[
         int | None, typer.Option(min=1, show_default="the model's", help="Tokens of a sequence at most.")
     ] = None,
-    speculation: Annotated[
-        Literal["off", "prompt-lookup"], typer.Option(help="Draft from the prompt; changes the speed, not the output.")
-    ] = "off",
+    speculation: Speculation = "off",
     price: Annotated[float | None, typer.Option(min=0, metavar="USD", help="What the machine costs an hour.")] = None,
     precision: Precision = "auto",
     threads: Threads = None,

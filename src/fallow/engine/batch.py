@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -27,6 +27,9 @@ SAMPLING_DTYPE = np.dtype(
 )
 
 
+StepMode = Literal["plan", "draft", "dense"]
+
+
 def greedy(rows: int) -> npt.NDArray[np.void]:
     """The sampling of rows that each take the most likely token, without log-probabilities."""
     sampling = np.zeros(rows, SAMPLING_DTYPE)
@@ -41,6 +44,10 @@ class StepBatch:
     The tokens of sequence ``s`` are rows ``row_offsets[s]:row_offsets[s + 1]``; the first of them is at
     position ``start_positions[s]`` of its sequence, whose earlier positions are in the KV cache already.
     ``page_table[s, j]`` is the page of positions ``j * page_size`` to ``(j + 1) * page_size - 1``.
+
+    What rests is what ``mode`` says: under ``plan`` what the plan says; under ``dense`` neither pages nor words, to the
+    bits of a model without these axes; under ``draft`` what the plan says, but tokens are likely, if not surely, those
+    that a dense step would draw of the same logits: of a screened head only the shortlist is computed.
     """
 
     tokens: Int32  # [T]
@@ -58,6 +65,7 @@ class StepBatch:
     repeated_tokens: Int32 | None = None
     # Tokens that a row may take, one bit a token, least significant first; all ones where unconstrained.
     allowed: UInt32 | None = None  # [R, ceil(vocab / 32)]
+    mode: StepMode = "plan"
 
 
 @dataclass

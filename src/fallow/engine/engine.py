@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from fallow.engine.call import Call
 from fallow.engine.detokenize import Detokenizer
@@ -27,13 +27,15 @@ from fallow.engine.outputs import (
     RequestOutput,
     TokenLogprob,
 )
+from fallow.engine.own_draft import require_own_drafts
 from fallow.engine.pages import PageManager
+from fallow.engine.pays import Pays
 from fallow.engine.replay import traced_answer
 from fallow.engine.sampling import SamplingParams
 from fallow.engine.scheduler import Scheduler
 from fallow.engine.sequence import Request
 from fallow.engine.sequence import Sequence as EngineSequence
-from fallow.engine.speculate import DRAFT_ROWS
+from fallow.engine.speculate import DRAFT_ROWS, Speculation
 from fallow.engine.trace import Trace
 from fallow.errors import FallowError, RequestError
 from fallow.models.checkpoint import open_checkpoint
@@ -57,7 +59,6 @@ __all__ = [
     "TokenLogprob",
 ]
 
-Speculation = Literal["prompt-lookup"]
 MAX_SEQUENCES = 1024
 MAX_CHUNK = 1 << 16
 
@@ -68,7 +69,8 @@ class Engine:
     ``model`` is a known name, a hub id, a GGUF file or a Hugging Face folder. ``precision`` is that of
     ``ModelRunner``. ``max_context`` (tokens of prompt and output) and ``kv_cache_bytes`` follow from the model and the
     memory at hand. A step computes ``max_num_seqs`` sequences and ``prefill_chunk`` tokens at most; ``max_queue``
-    requests may wait for their turn. None of these, nor ``prefix_caching`` or ``speculation``, changes an output.
+    requests may wait for their turn. None of these, nor ``prefix_caching`` or ``speculation``, changes an output; but
+    with the speculation ``self`` it is the dense model's, which verifies what the model drafts under its ``plan``.
 
     Raises ``ModelFileError`` where the model cannot be loaded and ``FallowError`` for options that cannot be met.
     """
@@ -93,6 +95,8 @@ class Engine:
         plan = plan or SparsityPlan.beside(path)
         if plan is not None:
             plan.require_axes(AXES)
+        if speculation == "self":
+            require_own_drafts(plan, _name_of(model))
         # The native core is loaded here: ``over`` does not need it.
         from fallow import _native  # noqa: PLC0415
         from fallow.engine.runner import ModelRunner  # noqa: PLC0415
@@ -151,7 +155,7 @@ class Engine:
         """An engine over a runner that exists, which it owns and closes: a ``ModelRunner`` or one with its methods.
 
         The runner must take steps of ``max(prefill_chunk, max_num_seqs + 32)`` tokens and, with speculation,
-        ``max_num_seqs + 32`` rows with logits.
+        ``max_num_seqs + 32`` rows with logits; with speculation ``self`` it must heed the mode of a step.
         """
         _check_options(max_num_seqs, prefill_chunk, max_queue, max_context, speculation)
         tokenizer.check_vocabulary(runner.vocab_size, model_name)
@@ -189,7 +193,7 @@ class Engine:
         capacity = runner.num_pages * runner.page_size
         self.max_context: int = min(runner.max_context, capacity, max_context or capacity)
         self._prefix_caching = prefix_caching
-        self._speculation = speculation is not None
+        self._speculation = speculation
         self._eos = frozenset(tokenizer.eos_token_ids) | frozenset(self.config.eos_token_ids)
         self._grammars: GrammarVocabulary | None = None
         self._grammars_lock = Lock()
@@ -200,6 +204,7 @@ class Engine:
             max_context=self.max_context,
             vocab_size=runner.vocab_size,
             describe=_describer(tokenizer),
+            pays=Pays() if speculation == "self" else None,
         )
         self._loop = StepLoop(cast(Runner, runner), self.scheduler, max_queue=max_queue)
         self._finalizer = weakref.finalize(self, self._loop.close)
@@ -256,7 +261,7 @@ class Engine:
                         self.tokenizer.token_bytes, tuple(params.stop), params.include_stop_str_in_output
                     ),
                     constraint=constraint,
-                    speculate=self._speculation,
+                    speculation=self._speculation,
                 )
             )
         request.unfinished = params.n
@@ -423,5 +428,5 @@ def _check_options(
         least = 2 if name == "max_context" else 1
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise FallowError(f"{name} must be a whole number from {least} to {most}, not {value!r}.")
-    if speculation not in (None, "prompt-lookup"):
-        raise FallowError(f"speculation must be None or 'prompt-lookup', not {speculation!r}.")
+    if speculation is not None and speculation not in get_args(Speculation):
+        raise FallowError(f"speculation must be None, 'prompt-lookup' or 'self', not {speculation!r}.")

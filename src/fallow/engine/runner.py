@@ -137,6 +137,7 @@ class ModelRunner:
             batch.repeated_offsets,
             batch.repeated_tokens,
             batch.allowed,
+            batch.mode,
         )
         return StepResult(tokens, logprobs, top_tokens, top_logprobs)
 

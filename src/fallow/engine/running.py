@@ -13,6 +13,7 @@ import numpy as np
 
 from fallow.arrays import Int32
 from fallow.engine.batch import SAMPLING_DTYPE, StepBatch
+from fallow.engine.own_draft import OwnDraft
 from fallow.engine.sampling import SamplingParams
 from fallow.engine.sequence import Sequence
 
@@ -108,6 +109,11 @@ class RunningSet:
         self._positions[slot] += taken
         self._draws[slot] += taken
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of all slots that have keys and values."""
+        return int(self._positions[: len(self.sequences)].sum())
+
     def build(self, chunks: Seq[Chunk], drafts: Seq[Seq[int]] | None) -> StepBatch:
         """The step of all slots, each with its draft if there are ``drafts``, and of ``chunks``.
 
@@ -130,6 +136,28 @@ class RunningSet:
             self._add_edits(batch, sampled)
         if self.masked:
             self._add_masks(batch, sampled)
+        return batch
+
+    def build_draft(self, drafts: Seq[tuple[Sequence, OwnDraft]]) -> StepBatch:
+        """The step that drafts one more token of each of these sequences."""
+        count = len(drafts)
+        slots = [sequence.slot for sequence, _ in drafts]
+        drafted = np.array([len(draft.tokens) for _, draft in drafts], np.int32)
+        tokens = [draft.tokens[-1] if draft.tokens else self._tokens[sequence.slot] for sequence, draft in drafts]
+        sampling = self._sampling[slots]
+        sampling["draw"] += drafted.astype(np.uint64)
+        sampling["logprobs"] = -1
+        batch = StepBatch(
+            tokens=np.array(tokens, np.int32),
+            row_offsets=self._range[: count + 1],
+            start_positions=self._positions[slots] + drafted,
+            page_table=self._page_table[slots],
+            logit_rows=self._range[:count],
+            sampling=sampling,
+            mode="draft",
+        )
+        if self.edited:
+            self._add_edits(batch, [sequence for sequence, _ in drafts])
         return batch
 
     def _mixed(self, chunks: Seq[Chunk], drafts: Seq[Seq[int]] | None) -> tuple[StepBatch, list[Sequence]]:

@@ -8,14 +8,18 @@ computed again later, to the same bits.
 
 from __future__ import annotations
 
+import time
 from array import array
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
+from statistics import mean
 
 from fallow.engine.batch import StepBatch, StepResult
 from fallow.engine.outputs import FinishReason, RequestDelta, TokenLogprob, TopToken
+from fallow.engine.own_draft import OwnDraft
 from fallow.engine.pages import PageManager
+from fallow.engine.pays import Pays, load_of
 from fallow.engine.running import Chunk, RunningSet
 from fallow.engine.sequence import Request, Sequence
 from fallow.engine.speculate import DRAFT_ROWS
@@ -31,7 +35,8 @@ class Scheduler:
 
     ``max_step_tokens`` bounds the rows of a step and must be at least ``max_sequences``; rows with logits are at most
     ``max_sequences + DRAFT_ROWS``. ``pages_in_reserve`` stay available when a sequence is admitted beside others, so
-    that these need not set it back at once.
+    that these need not set it back at once. ``pays`` is given where the model drafts for itself: it says how far, by
+    the seconds of ``clock`` that steps took. All steps that do not draft are dense then.
     """
 
     def __init__(
@@ -43,6 +48,8 @@ class Scheduler:
         max_context: int,
         vocab_size: int,
         describe: DescribeToken,
+        pays: Pays | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.pages = pages
         self.max_sequences = max_sequences
@@ -59,7 +66,12 @@ class Scheduler:
         self.begun: list[Request] = []  # since somebody cleared it
         self._describe = describe
         self._chunks: list[Chunk] = []
-        self._drafts: list[array[int]] | None = None
+        self._drafts: list[array[int]] | None = None  # to be verified
+        self._pays = pays
+        self._clock = clock
+        self._drafting: list[tuple[Sequence, OwnDraft]] = []  # one more token each
+        self._load = load_of(0, 0)
+        self._began = 0.0
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.prefix_hits = 0
@@ -94,9 +106,12 @@ class Scheduler:
 
     def schedule(self) -> StepBatch | None:
         """The next step, or None where there is nothing to do."""
+        self._began = self._clock()
         self._give_pages()
-        self._chunks, self._drafts = [], None
+        self._chunks, self._drafts, self._drafting = [], None, []
         budget = self.max_step_tokens - len(self.running)
+        if self._pays is not None:
+            return self._schedule_dense(self._pays, budget)
         if self.prefilling or self.waiting:
             self._chunks = self._plan_chunks(budget)
         else:
@@ -104,6 +119,45 @@ class Scheduler:
         if not self._chunks and not self.running.sequences:
             return None
         return self.running.build(self._chunks, self._drafts)
+
+    def _schedule_dense(self, pays: Pays, budget: int) -> StepBatch | None:
+        """The next step where the model drafts for itself: one that drafts under the plan, or a dense one, which
+        verifies what has been drafted."""
+        running = self.running
+        own = [(sequence, sequence.own_draft) for sequence in running.sequences if sequence.own_draft is not None]
+        drafted = sum(len(draft.tokens) for _, draft in own)
+        if self.prefilling or self.waiting:
+            self._chunks = self._plan_chunks(max(budget - drafted, 0))
+        if not self._chunks:
+            self._load = load_of(len(running), running.cached_tokens)
+            if own and not any(draft.wanted for _, draft in own):
+                self._begin_round(pays, own, budget)
+            self._drafting = [(sequence, draft) for sequence, draft in own if len(draft.tokens) < draft.wanted]
+            if self._drafting:
+                return running.build_draft(self._drafting)
+        if not self._chunks and not running.sequences:
+            return None
+        if drafted:
+            drafts = (sequence.own_draft for sequence in running.sequences)
+            self._drafts = [draft.tokens if draft is not None else _NO_DRAFT for draft in drafts]
+        batch = running.build(self._chunks, self._drafts)
+        batch.mode = "dense"
+        return batch
+
+    def _begin_round(self, pays: Pays, own: list[tuple[Sequence, OwnDraft]], budget: int) -> None:
+        """Say how many tokens of each sequence are to be drafted, within its pages and what it may still write."""
+        running = self.running
+        rates = [draft.rate for _, draft in own]
+        most = min(DRAFT_ROWS, budget) // len(own)
+        length = pays.length(self._load, rates, len(running) - len(own), most)
+        for sequence, draft in own:
+            draft.wanted = min(length, sequence.max_length - len(sequence.tokens) - 1)
+            free = running.free_positions(sequence.slot)
+            if free < draft.wanted and self.pages.available_pages > self.pages_in_reserve:
+                self._register(sequence, len(sequence.tokens) - 1)
+                running.give_page(sequence, self.pages.allocate())
+                free += self.pages.page_size
+            draft.wanted = min(draft.wanted, free)
 
     def _give_pages(self) -> None:
         """A page for the next token of every decoding sequence, setting others back where there is none."""
@@ -191,7 +245,7 @@ class Scheduler:
             self.running.edited += change
         if sequence.constraint is not None:
             self.running.masked += change
-        if sequence.lookup is not None:
+        if sequence.drafts:
             self.running.drafting += change
 
     def _name_pages(self, sequence: Sequence) -> None:
@@ -224,10 +278,18 @@ class Scheduler:
         self.pages.release(sequence.pages)
         sequence.pages = []
         sequence.registered = sequence.computed = 0
+        if sequence.own_draft is not None:
+            sequence.own_draft.clear()
 
     def commit(self, result: StepResult) -> list[Event]:
         """Take the sampled tokens: what each sequence is told. Sequences that end have given their pages back."""
         running = self.running
+        if self._pays is not None:
+            self._note_seconds(self._pays)
+        if self._drafting:
+            for (sequence, draft), token in zip(self._drafting, result.tokens.tolist(), strict=True):
+                draft.add(token, is_last=token in sequence.stop_ids)
+            return []
         for sequence, length in self._chunks:
             sequence.computed += length
             self._register(sequence, sequence.computed)
@@ -257,6 +319,16 @@ class Scheduler:
             self._remove(sequence)
         return events
 
+    def _note_seconds(self, pays: Pays) -> None:
+        """How long the step took; one with a prompt in it says nothing of others."""
+        seconds = self._clock() - self._began
+        if self._drafting:
+            pays.saw_draft(self._load, seconds)
+        elif self._drafts is not None and not self._chunks:
+            pays.saw_verification(self._load, mean(len(draft) for draft in self._drafts if draft), seconds)
+        elif not self._chunks:
+            pays.saw_plain(self._load, seconds)
+
     def _commit_drafts(self, result: StepResult, drafts: list[array[int]]) -> list[Event]:
         """Row by row as long as the draft foretold the token, which is the one that would be drawn without it."""
         tokens = result.tokens.tolist()
@@ -280,8 +352,12 @@ class Scheduler:
                 if sequence.finish_reason is not None or i == len(draft) or token != draft[i]:
                     break
             row += 1 + len(draft)
-            if draft and sequence.lookup is not None:
-                sequence.lookup.observe(len(draft), len(taken) - 1)
+            if draft:
+                if sequence.lookup is not None:
+                    sequence.lookup.observe(len(draft), len(taken) - 1)
+                if sequence.own_draft is not None:
+                    sequence.own_draft.observe(len(draft), len(taken) - 1)
+                    sequence.own_draft.clear()
                 self.drafted_tokens += len(draft)
                 self.accepted_tokens += len(taken) - 1
             self.running.advance_one(slot, taken[-1], len(taken))
@@ -310,7 +386,7 @@ class Scheduler:
         assert all(sequence.slot < 0 for sequence in self.prefilling)
         assert [sequence.slot for sequence in self.running.sequences] == list(range(len(self.running)))
         assert self.running.edited == sum(sequence.edits is not None for sequence in sequences)
-        assert self.running.drafting == sum(sequence.lookup is not None for sequence in sequences)
+        assert self.running.drafting == sum(sequence.drafts for sequence in sequences)
         assert self.running.masked == sum(sequence.constraint is not None for sequence in sequences)
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from fallow.arrays import Float32, Int32
 from fallow.engine.detokenize import Detokenizer
 from fallow.engine.outputs import FinishReason, RequestDelta, TokenLogprob
+from fallow.engine.own_draft import OwnDraft
 from fallow.engine.sampling import SamplingParams
-from fallow.engine.speculate import PromptLookup
+from fallow.engine.speculate import PromptLookup, Speculation
 from fallow.errors import RequestError
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ class Sequence:
         "mask",
         "max_length",
         "order",
+        "own_draft",
         "pages",
         "prompt_length",
         "registered",
@@ -160,7 +162,7 @@ class Sequence:
         stop_ids: frozenset[int],
         detokenizer: Detokenizer,
         constraint: ConstraintState | None,
-        speculate: bool,
+        speculation: Speculation | None,
     ) -> None:
         """``max_length`` tokens of prompt and output at most; a token of ``stop_ids`` ends the sequence."""
         params = request.params
@@ -176,8 +178,9 @@ class Sequence:
         self.mask = None if constraint is None else constraint.mask()
         self.edits = LogitEdits(params, self.tokens) if params.logit_bias or params.has_penalties else None
         # The rows of a draft would each need penalties and a grammar of their own.
-        drafts = speculate and constraint is None and not params.has_penalties
-        self.lookup = PromptLookup(self.tokens) if drafts else None
+        drafts = speculation if constraint is None and not params.has_penalties else None
+        self.lookup = PromptLookup(self.tokens) if drafts == "prompt-lookup" else None
+        self.own_draft = OwnDraft() if drafts == "self" else None
         self.pages: list[int] = []
         self.digests: list[bytes] = []
         self.computed = 0
@@ -192,6 +195,11 @@ class Sequence:
         seed = self.request.params.seed
         assert seed is not None
         return (seed + self.index) % 2**64
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there may be drafts of it."""
+        return self.lookup is not None or self.own_draft is not None
 
     @property
     def num_generated(self) -> int:

@@ -7,6 +7,9 @@ decoding (arXiv 2211.17192) but with the exact match of the token that is drawn 
 from __future__ import annotations
 
 from array import array
+from typing import Literal
+
+Speculation = Literal["prompt-lookup", "self"]
 
 LONGEST_NGRAM = 3
 LONGEST_DRAFT = 8
