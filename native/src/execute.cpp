@@ -140,7 +140,7 @@ void Program::execute(const op::Quantise& o, int, int, const Part& part) {
   const int end = part.end_of(f.groups());
   const int width = f.in_features / f.groups();
   fetching_ahead(o.x, begin * width, (end - begin) * width, part, [&](int r) {
-    if (o.threshold > 0.f) kernels_.zero_within(row(o.x, r, part) + begin * width, (end - begin) * width, o.threshold);
+    if (resting(o.threshold) > 0.f) kernels_.zero_within(row(o.x, r, part) + begin * width, (end - begin) * width, o.threshold);
     kernels_.quantise(row(o.x, r, part), f, activation_row(o.out, r, part), begin, end);
   });
 }
@@ -161,7 +161,7 @@ void Program::execute(const op::Linear& o, int index, int thread, const Part& pa
                         o.gates < 0 ? nullptr : row(o.gates, part.begin, part),
                         o.gates < 0 ? 0 : buffers_[o.gates].stride,
                         o.activation,
-                        o.threshold};
+                        resting(o.threshold)};
   const int unit = w.layout == Layout::columns ? block_tiles : 2;
   const int units = (w.tiles + unit - 1) / unit;
   const int begin = unit * part.first_of(units);
@@ -239,11 +239,11 @@ void Program::execute(const op::Neurons& o, int, int thread, const Part& part) {
 void Program::execute(const op::Spread& o, int index, int, const Part& part) {
   const PackedNeurons& w = *neurons_[o.neurons];
   const int blocks = w.in_features / lanes;
-  const SpreadTask task{&w, part.end - part.begin, row(o.x, part.begin, part), buffers_[o.x].stride, o.threshold,
+  const SpreadTask task{&w, part.end - part.begin, row(o.x, part.begin, part), buffers_[o.x].stride, resting(o.threshold),
                         row(o.out, part.begin, part), buffers_[o.out].stride};
   kernels_.spread(task, part.first_of(blocks) * lanes, part.end_of(blocks) * lanes);
   const int bytes = (w.count + 7) / 8;
-  if (record_.neurons != nullptr) record_neurons(o.x, w.count, o.threshold, index, part, part.first_of(bytes), part.end_of(bytes));
+  if (record_.neurons != nullptr) record_neurons(o.x, w.count, resting(o.threshold), index, part, part.first_of(bytes), part.end_of(bytes));
 }
 
 // Of the bytes [begin, end) of bits: those whose values are beyond the threshold, as the kernel asks of each, too; a value that

@@ -126,8 +126,8 @@ struct Limits {
   int max_tokens, max_sequences, max_logit_rows, num_pages, max_positions;
 };
 
-// What rests in a step. Under `dense` all pages are read and the head is whole, to the bits of a program without a plan's
-// axes attention and head. Under `draft` the plan holds, and a token is drawn the way a dense step draws it, but likely
+// What rests in a step. Under `dense` all pages are read, all inputs and rows count and the head is whole, to the bits of a
+// program without a plan's axes attention, input and head, and where neurons are rows of 4-bit weights, ffn. Under `draft` the plan holds, and a token is drawn the way a dense step draws it, but likely
 // rather than surely the one that it would draw of the same logits.
 enum class Mode { plan, draft, dense };
 
@@ -297,6 +297,7 @@ class Program {
   void sample_rows(int thread);
   void count_head_rows();
 
+  float resting(float threshold) const { return step_.mode == Mode::dense ? 0.f : threshold; }
   bool chooses(const op::Attention& o) const { return !o.choice.top.empty() && step_.mode != Mode::dense; }
   void attend(const op::Attention&, const AttentionItem&, ThreadScratch&);
   void attend_segment(const op::Attention&, int item, ThreadScratch&);
