@@ -112,7 +112,7 @@ class Healing:
                 f"The healing was stopped at step {result.step} of {result.steps}: the same command goes on from there."
             )
         if losses:
-            on_note(f"Healed with {result.tokens:,} tokens: from {losses[0]:.4f} to {losses[-1]:.4f} nats from dense.")
+            on_note(f"Healed with {result.tokens:,} tokens: under the plan {losses[-1]:.4f} nats a token from dense.")
         return open_checkpoint(result.model)
 
     def remove(self) -> None:
