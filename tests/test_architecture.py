@@ -11,11 +11,11 @@ PACKAGE = REPOSITORY / "src" / "fallow"
 PAGE = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
 ABOVE = {
     **{
-        "cli": 6,
-        "server": 5,
-        "bench": 5,
+        "cli": 7,
+        "server": 6,
+        "bench": 6,
+        "sparsification": 5,
         "training": 4,
-        "sparsification": 4,
         "engine": 3,
         "evaluate": 3,
         "meter": 3,

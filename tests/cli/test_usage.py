@@ -51,6 +51,7 @@ def test_help_loads_nothing_heavy():
         ["bench", "train", "recipe.toml", "--tune", "ours", "--fresh"],
         ["sparsify", "smollm2-135m"],
         ["sparsify", "smollm2-135m", "--out", "lean", "--budget", "little"],
+        ["sparsify", "smollm2-135m", "--out", "lean", "--heal", "0"],
         ["serve", "--port", "99999"],
         ["serve", "--api-key", ""],
     ],

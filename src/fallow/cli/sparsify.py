@@ -21,6 +21,15 @@ def sparsify(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, max=64, help="Sequences that are decoded at once.")] = 1,
     context: Annotated[int, typer.Option(help="Tokens that each of them has read.")] = 4096,
+    heal: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            show_default="not at all",
+            help="Tune the weights under a plan that costs more, by so many tokens of the text.",
+        ),
+    ] = None,
     precision: Precision = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -28,7 +37,8 @@ def sparsify(
     """Find what may rest in MODEL within a budget of quality, and write the model with its plan.
 
     Of a plan's axes this finds two so far: which pages of the KV cache each KV head reads, and a screen that tells
-    which words of the vocabulary are worth computing.
+    which words of the vocabulary are worth computing. A healing that was stopped goes on when the same command is
+    given again.
     """
     share = _share(budget)
     path = fetch(model)
@@ -43,6 +53,7 @@ def sparsify(
             text=text,
             batch=batch,
             context=context,
+            heal=heal,
             precision=precision,
             threads=threads,
             on_note=note,

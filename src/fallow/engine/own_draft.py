@@ -60,5 +60,5 @@ def require_own_drafts(plan: SparsityPlan | None, model: str) -> None:
     if any(rule.rule != "zeros" for rule in plan.rules("ffn")):
         raise FallowError(
             f"speculation 'self' verifies with the dense model, but the plan of {model} lets neurons rest below a "
-            "threshold, which a dense step cannot undo in every layout: take its axis ffn out, or leave speculation out."
+            "threshold, which not every dense step can undo: take its axis ffn out, or leave speculation out."
         )

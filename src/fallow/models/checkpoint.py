@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fallow.arrays import Bytes
+from fallow.arrays import Bytes, Int64
 from fallow.errors import ModelFileError
 from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize_rows
@@ -15,7 +15,7 @@ from fallow.models.gguf import GgufFile, GgufTensor
 from fallow.models.gguf_config import ROPE_FACTORS, config_from_gguf
 from fallow.models.hf_config import config_from_hf
 from fallow.models.safetensors import SafetensorsTensor, has_safetensors, open_safetensors, read_json
-from fallow.models.tensors import Checkpoint, RawTensor, TensorType
+from fallow.models.tensors import Checkpoint, Place, RawTensor, TensorType
 
 Read = Callable[[], Bytes]
 
@@ -145,20 +145,26 @@ def _open_gguf(path: Path) -> Checkpoint:
     for name, shape in shapes.items():
         tensor = file.tensors[names[name]]
         _check(path, tensor.name, tensor.type, tensor.shape, shape)
-        tensors[name] = RawTensor(name, tensor.type, shape, _gguf_read(tensor, name, config))
+        order = _gguf_order(tensor, name, config)
+        place = Place(path, tensor.offset, order)
+        tensors[name] = RawTensor(name, tensor.type, shape, _ordered(tensor, order), place)
     return Checkpoint(path, "gguf", config, tensors)
 
 
-def _gguf_read(tensor: GgufTensor, name: str, config: ModelConfig) -> Read:
+def _gguf_order(tensor: GgufTensor, name: str, config: ModelConfig) -> Int64 | None:
+    """The rows of a matrix, or the numbers of a vector, in the order that ours has; None where the file has it too."""
     projection = name.removesuffix(".bias").rpartition(".")[2]
     # llama.cpp's converter reorders these rows so that RoPE rotates neighbours; of this family only.
     if config.architecture != "llama" or projection not in ("q_proj", "k_proj"):
+        return None
+    return np.arange(tensor.shape[0]).reshape(-1, config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _ordered(tensor: GgufTensor, order: Int64 | None) -> Read:
+    if order is None:
         return tensor.read
-    rows = np.arange(tensor.shape[0]).reshape(-1, config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
-    if len(tensor.shape) == 2:
-        return lambda: tensor.read()[rows]
-    item = tensor.type.block_bytes
-    return lambda: tensor.read().reshape(-1, item)[rows].reshape(1, -1)
+    rows = 1 if len(tensor.shape) == 1 else len(order)
+    return lambda: tensor.read().reshape(len(order), -1)[order].reshape(rows, -1)
 
 
 def _open_folder(path: Path) -> Checkpoint:
@@ -179,7 +185,7 @@ def _open_folder(path: Path) -> Checkpoint:
         if config.architecture == "gemma3" and name.endswith("norm"):
             tensors[name] = RawTensor(name, TensorType.F32, shape, _plus_one(tensor))
         else:
-            tensors[name] = RawTensor(name, tensor.type, shape, tensor.read)
+            tensors[name] = RawTensor(name, tensor.type, shape, tensor.read, Place(tensor.file.path, tensor.offset))
     return Checkpoint(path, "safetensors", config, tensors)
 
 

@@ -43,10 +43,11 @@ def page_masses(q: Tensor, k: Tensor, positions: Tensor, ends: tuple[int, int], 
     return expected.softmax(-1).sum(2).masked_fill(~candidates, -1.0), always
 
 
+@torch.no_grad()
 def chosen_pages(q: Tensor, k: Tensor, rule: PageRule, scale: float, first: int = 0) -> Tensor:
     """Which pages each query reads, bool ``[batch, kv_heads, queries, pages]``; the first query is the token ``first``.
 
-    ``q`` and ``k`` as ``page_masses`` has them.
+    ``q`` and ``k`` as ``page_masses`` has them. The choice has no gradient.
     """
     positions = torch.arange(first, first + q.shape[2], device=q.device)
     masses, always = page_masses(q, k, positions, (rule.sink_pages, rule.recent_pages), scale)

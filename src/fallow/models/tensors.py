@@ -8,7 +8,7 @@ from enum import Enum
 from math import prod
 from pathlib import Path
 
-from fallow.arrays import Bytes
+from fallow.arrays import Bytes, Int64
 from fallow.models.config import ModelConfig
 
 
@@ -42,18 +42,29 @@ class TensorType(Enum):
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where the bytes that ``RawTensor.read`` gives lie: in the file ``path`` from ``offset`` on, cut into as many rows
+    as ``order`` has numbers, of which number ``order[i]`` is read as the ``i``-th; None: as they lie."""
+
+    path: Path
+    offset: int
+    order: Int64 | None = None
+
+
+@dataclass(frozen=True)
 class RawTensor:
     """One tensor of a checkpoint.
 
     ``shape`` is row-major: ``(out_features, in_features)`` for a matrix, ``(n,)`` for a vector.
     ``read()`` returns its bytes, ``uint8 [rows, bytes per row]`` (one row for a vector), and raises
-    ``ModelFileError`` where the file ends too early.
+    ``ModelFileError`` where the file ends too early. ``place`` is None where they are not the file's own.
     """
 
     name: str
     type: TensorType
     shape: tuple[int, ...]
     read: Callable[[], Bytes]
+    place: Place | None = None
 
     @property
     def elements(self) -> int:

@@ -22,8 +22,10 @@ _TURNS = 3  # in which the dense model and the plan are timed
 @dataclass(frozen=True)
 class Judge:
     """The engine over ``checkpoint`` and the screen of its head, judging on ``windows`` of token ids, each of
-    ``load.context`` tokens."""
+    ``load.context`` tokens. ``dense`` is the model that plans are compared with: the same, or what it was before it was
+    healed."""
 
+    dense: Checkpoint
     checkpoint: Checkpoint
     head_screen: HeadScreen | None
     windows: Sequence[Sequence[int]]
@@ -32,9 +34,16 @@ class Judge:
     threads: int | None
     progress: Progress
 
+    def dense_nll(self) -> float:
+        """As ``nll``, of the dense model."""
+        return self._nll(self.dense, SparsityPlan.dense())
+
     def nll(self, plan: SparsityPlan) -> float:
         """Nats a token over the ends of the windows."""
-        runner = self._runner(plan, sequences=1)
+        return self._nll(self.checkpoint, plan)
+
+    def _nll(self, checkpoint: Checkpoint, plan: SparsityPlan) -> float:
+        runner = self._runner(checkpoint, plan, sequences=1)
         try:
             scored = min(_SCORED, self.load.context // 2)
             total = 0.0
@@ -48,7 +57,8 @@ class Judge:
     def speedup(self, plan: SparsityPlan) -> float:
         """How many times faster than dense a step of decoding the load is, both at their best in some turns: what else
         the machine does makes any one slower, and none faster."""
-        runners = [self._runner(rules, self.load.batch) for rules in (SparsityPlan.dense(), plan)]
+        pairs = (self.dense, SparsityPlan.dense()), (self.checkpoint, plan)
+        runners = [self._runner(checkpoint, rules, self.load.batch) for checkpoint, rules in pairs]
         try:
             self.progress("timing", 0, None)
             dense, sparse = (Decoding(runner, self.windows, self.load.batch, self.load.context) for runner in runners)
@@ -58,9 +68,9 @@ class Judge:
             for runner in runners:
                 runner.close()
 
-    def _runner(self, plan: SparsityPlan, sequences: int) -> ModelRunner:
+    def _runner(self, checkpoint: Checkpoint, plan: SparsityPlan, sequences: int) -> ModelRunner:
         return ModelRunner(
-            self.checkpoint,
+            checkpoint,
             precision=self.precision,
             threads=self.threads,
             num_pages=sequences * pages_of(self.load.context),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fallow.engine.engine import Engine
@@ -11,14 +12,17 @@ from fallow.errors import FallowError
 CALIBRATED, VERIFIED = 3, 3
 """Windows at most for each."""
 _WRITTEN = 2  # of each, where the model writes them
+_AT_ONCE = 8  # texts that the model writes to be healed with
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids of ``context`` each: ``calibrated`` prices what may rest, ``verified`` are kept from it."""
+    """Token ids of ``context`` each: ``calibrated`` prices what may rest, ``verified`` are kept from it. ``before`` is
+    all that stands before what is verified, in one piece; empty where the model has written the windows."""
 
     calibrated: list[list[int]]
     verified: list[list[int]]
+    before: Sequence[int] = ()
 
 
 def cut(ids: list[int], context: int, source: str) -> Windows:
@@ -31,13 +35,22 @@ def cut(ids: list[int], context: int, source: str) -> Windows:
             "half of them to verify the plan. Give more text, or a shorter context."
         )
     half = len(windows) // 2
-    return Windows(windows[:half][:CALIBRATED], windows[half:][-VERIFIED:])
+    verified = windows[half:][-VERIFIED:]
+    before = ids[: (len(windows) - len(verified)) * context]
+    return Windows(windows[:half][:CALIBRATED], verified, before)
 
 
 def written_by(engine: Engine, context: int) -> Windows:
     """Windows that the model writes from the beginning of a text, at temperature 1."""
     windows = texts_of(engine, 2 * _WRITTEN, context)
     return Windows(windows[:_WRITTEN], windows[_WRITTEN:])
+
+
+def written_to_heal(engine: Engine, tokens: int, context: int) -> list[list[int]]:
+    """Other texts of ``context`` tokens, as many as have ``tokens``, and one for the token after the last window."""
+    rounds = -(-tokens // (_AT_ONCE * context))
+    texts = (texts_of(engine, _AT_ONCE, context, seed=_AT_ONCE * (number + 1)) for number in range(rounds))
+    return [text for some in texts for text in some][: -(-tokens // context) + 1]
 
 
 def texts_of(engine: Engine, count: int, length: int, *, seed: int = 0) -> list[list[int]]:

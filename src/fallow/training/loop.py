@@ -21,6 +21,7 @@ from fallow.models.decoder import Decoder
 from fallow.training.activity import Activity, measure_activity
 from fallow.training.checkpoints import Checkpoint, Checkpoints
 from fallow.training.corpus import Corpus
+from fallow.training.distil import Distillation
 from fallow.training.ema import WeightAverage
 from fallow.training.energy import StepMeter
 from fallow.training.flops import flops_per_token, peak_flops
@@ -43,9 +44,9 @@ _MOST_ROLLBACKS = 3
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step of all processes. ``loss`` in nats a token, ``bits_per_byte`` of the batch by the corpus's bytes a
-    token, ``seconds`` since the run began (all its sessions), ``joules`` of this step; ``validation``, ``activity`` and
-    ``sample`` where they were due."""
+    """One step of all processes. ``loss`` in nats a token (of a recipe with [distil] the divergence from the teacher),
+    ``bits_per_byte`` of the batch by the corpus's bytes a token, ``seconds`` since the run began (all its sessions),
+    ``joules`` of this step; ``validation``, ``activity`` and ``sample`` where they were due."""
 
     step: int
     steps: int
@@ -89,7 +90,7 @@ class RunState:
     joules: float = 0.0
     validation: float | None = None  # bits per byte, the last one
     losses: list[float] = field(default_factory=list)  # of the last steps, for the watch
-    base: str | None = None  # the digest of the model that adapters belong to
+    base: str | None = None  # the digest of what adapters belong to, or a student
 
 
 class Trainer:
@@ -106,11 +107,13 @@ class Trainer:
         processes: Processes = ALONE,
         on_note: Callable[[str], None] = lambda text: None,
         base: str | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         """``base`` is the digest of the model that the decoder's adapters belong to, where it has some: checkpoints
-        hold nothing else then. Raises ``FallowError`` where the recipe's optimizers do not fit the decoder, or its
-        batch the processes."""
+        hold nothing else then; of a student with its ``distillation`` that of both. Raises ``FallowError`` where the
+        recipe's optimizers do not fit the decoder, or its batch the processes."""
         self.recipe, self.decoder, self.corpus, self.processes = recipe, decoder, corpus, processes
+        self._distillation = distillation
         self._on_note = on_note
         train = recipe.train
         if train.batch % processes.count:
@@ -141,11 +144,20 @@ class Trainer:
             micro_batches = -(-train.batch // (train.micro_batch or train.batch))
             fused = FusedUpdates(self.optimizers, clip=clip, micro_batches=micro_batches)
         self._step = Step(
-            decoder, self.optimizers, micro_batch=train.micro_batch, clip=clip, fused=fused, processes=processes
+            decoder,
+            self.optimizers,
+            micro_batch=train.micro_batch,
+            clip=clip,
+            fused=fused,
+            distillation=distillation,
+            processes=processes,
         )
         self._rest = RestPenalty(decoder, recipe.rest, self.steps) if recipe.rest.l1 else None
         self._meter = StepMeter(processes, on_note)
         self._flops = flops_per_token(decoder, recipe.data.context)
+        if distillation is not None:
+            distillation.teacher.to(processes.device)
+            self._flops += flops_per_token(distillation.teacher, recipe.data.context, forward_only=True)
         self._peak = processes.total(peak_flops(decoder.compute, processes.device))
         self._signal = 0  # that came to this process
         self._stopped_by: int | None = None  # what came to one of them, known to all
@@ -302,7 +314,7 @@ class Trainer:
         self._on_note(f"{sentence}: back to step {checkpoint.step}, with other text.")
 
     def _tensors(self) -> dict[str, Any]:
-        only_trained = StateDictOptions(ignore_frozen_params=self.recipe.lora is not None)
+        only_trained = StateDictOptions(ignore_frozen_params=self.state.base is not None)
         model, optimizers = get_state_dict(self.decoder, self.optimizers, options=only_trained)
         average = {"average": self.average.weights} if self.average is not None else {}
         return {"model": model, "optimizers": optimizers, **average}
@@ -314,9 +326,11 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.run.get("base") != self.state.base:
+            start, distil = self.recipe.model.start, self.recipe.distil
+            beside = "" if distil is None else f", or to another teacher than {distil.teacher} or another plan"
             raise FallowError(
-                f"The checkpoint {checkpoint.folder} belongs to another model than {self.recipe.model.start}, which "
-                "has changed: put it back, or begin again with --fresh."
+                f"The checkpoint {checkpoint.folder} belongs to another model than {start}{beside}, which has changed: "
+                "put it back, or begin again with --fresh."
             )
         tensors = self._tensors()
         checkpoint.load_into(tensors)
@@ -325,7 +339,7 @@ class Trainer:
             self.optimizers,
             model_state_dict=tensors["model"],
             optim_state_dict=tensors["optimizers"],
-            options=StateDictOptions(strict=self.recipe.lora is None),
+            options=StateDictOptions(strict=self.state.base is None),
         )
         self.state = RunState(**checkpoint.run)
         self._saved_step = checkpoint.step
@@ -353,7 +367,10 @@ class Trainer:
     def _evaluated_weights(self) -> Iterator[None]:
         self.decoder.eval()
         try:
-            with self.average.in_place() if self.average is not None else nullcontext():
+            with (
+                self.average.in_place() if self.average is not None else nullcontext(),
+                self._distillation.stored.in_place() if self._distillation is not None else nullcontext(),
+            ):
                 yield
                 reshard(self.decoder)
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fallow.errors import FallowError
 from fallow.files import replacing_folder, sync_file
-from fallow.models.checkpoint import hf_tensor_names, open_checkpoint
+from fallow.models.checkpoint import hf_tensor_names
 from fallow.models.decoder import Decoder, Linear
 from fallow.training.recipe import LoraRecipe
 
@@ -86,15 +85,6 @@ def export_adapters(decoder: Decoder, recipe: LoraRecipe, start: str, folder: Pa
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         for path in partial.iterdir():
             sync_file(path)
-
-
-def digest_of_model(path: Path) -> str:
-    """SHA-256 over the tensors of the model at ``path``: what adapters are worth something with."""
-    digest = hashlib.sha256()
-    for name, tensor in open_checkpoint(path).tensors.items():
-        digest.update(f"{name} {tensor.type.name} {tensor.shape}\n".encode())
-        digest.update(tensor.read().data)
-    return digest.hexdigest()
 
 
 def _is_adapter(name: str) -> bool:

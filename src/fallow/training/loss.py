@@ -1,4 +1,4 @@
-"""Cross-entropy from hidden states, a block of tokens at a time: the logits of all of them never exist at once.
+"""Losses from hidden states, a block of tokens at a time: the logits of all of them never exist at once.
 
 The gradient of a block is taken as soon as its logits are there, so the backward pass has nothing left to compute (the
 idea of Liger Kernel, arXiv 2410.10989, section 3.2, and of Cut Cross-Entropy, arXiv 2411.09009).
@@ -17,6 +17,18 @@ _BLOCK = 1024  # tokens whose logits exist at once, and fewer where these would 
 _LOGITS = 1 << 24
 _ROWS = 1 << 13  # of the head whose gradient is summed up at once
 
+BlockLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor]]
+"""From the logits of a block, which tokens these are, and whether a gradient is needed: the summed loss (float32) and
+the gradient of the logits, in their type."""
+
+
+def blockwise(hidden: Tensor, head: Tensor, loss: BlockLoss, *, block: int | None = None) -> Tensor:
+    """The sum of ``loss`` over blocks of ``block`` tokens of ``hidden [tokens, hidden]`` with the logits that ``head
+    [vocab, hidden]`` gives them. Products are computed in the type of ``hidden``. The gradient can be taken once."""
+    block = block or max(min(_BLOCK, _LOGITS // head.shape[0]), 1)
+    total: Tensor = _Blockwise.apply(hidden, head, loss, block)  # type: ignore[no-untyped-call]
+    return total
+
 
 def cross_entropy(
     hidden: Tensor,
@@ -34,37 +46,35 @@ def cross_entropy(
     float32. ``softcap`` is that of ``Decoder``, ``block`` the tokens of a block. What is done to the logits of a block
     can be ``compiled``: one pass over them instead of ten. The gradient can be taken once.
     """
-    block = block or max(min(_BLOCK, _LOGITS // head.shape[0]), 1)
     compute = _compiled_block() if compiled else _block
     targets = targets.view(len(hidden), -1)
-    loss: Tensor = _BlockwiseCrossEntropy.apply(hidden, head, targets, softcap, block, compute)  # type: ignore[no-untyped-call]
-    return loss
 
+    def of_block(logits: Tensor, part: slice, needs_gradient: bool) -> tuple[Tensor, Tensor]:
+        return compute(logits, targets[part], softcap, needs_gradient)
 
-_Compute = Callable[[Tensor, Tensor, float | None, bool], tuple[Tensor, Tensor]]
+    return blockwise(hidden, head, of_block, block=block)
 
 
 @cache
-def _compiled_block() -> _Compute:
+def _compiled_block() -> Callable[[Tensor, Tensor, float | None, bool], tuple[Tensor, Tensor]]:
     return torch.compile(_block)
 
 
-class _BlockwiseCrossEntropy(torch.autograd.Function):
+class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0917  PyTorch passes arguments by position
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None, block: int, compute: _Compute
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, loss_of: BlockLoss, block: int) -> Tensor:
         weights = head.to(hidden.dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
         hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         head_gradient = torch.zeros_like(head, dtype=torch.float32) if head.requires_grad else None
         needs_gradient = hidden.requires_grad or head.requires_grad
         for start in range(0, hidden.shape[0], block):
-            part = hidden[start : start + block]
-            part_loss, gradient = compute(part @ weights.T, targets[start : start + block], softcap, needs_gradient)
+            tokens = slice(start, start + block)
+            part = hidden[tokens]
+            part_loss, gradient = loss_of(part @ weights.T, tokens, needs_gradient)
             loss += part_loss
             if hidden_gradient is not None:
-                torch.mm(gradient, weights, out=hidden_gradient[start : start + block])
+                torch.mm(gradient, weights, out=hidden_gradient[tokens])
             if head_gradient is not None:
                 for rows in range(0, head.shape[0], _ROWS):  # sums of two types take a copy of the summand
                     head_gradient[rows : rows + _ROWS] += gradient[:, rows : rows + _ROWS].T @ part
@@ -72,9 +82,9 @@ class _BlockwiseCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, head = (None if gradient is None else gradient.mul_(scale) for gradient in ctx.saved_tensors)
-        return hidden, head, None, None, None, None
+        return hidden, head, None, None
 
 
 def _block(logits: Tensor, targets: Tensor, softcap: float | None, needs_gradient: bool) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,14 @@ class LoraRecipe(Section):
     targets: tuple[str, ...] = Field(("*_proj",), min_length=1)  # patterns of layers.0.q_proj and so on
 
 
+class DistilRecipe(Section):
+    """Learning the distribution of a ``teacher`` in place of the text: its Kullback-Leibler divergence is the loss.
+    Weights are trained as the files of ``model.start`` store them, and written so."""
+
+    teacher: str  # as model.start; it is dense, whatever plan it comes with
+    plan: str | None = None  # the plan.json under which the model learns
+
+
 class DataRecipe(Section):
     """Texts, their tokenizer, and how they are cut."""
 
@@ -150,12 +158,32 @@ class Recipe(Section):
     rest: RestRecipe = RestRecipe()
     report: ReportRecipe = ReportRecipe()
     lora: LoraRecipe | None = None
+    distil: DistilRecipe | None = None
     superposition: SuperpositionRecipe | None = None
 
     @model_validator(mode="after")
     def _adapters_have_a_model(self) -> Self:
         if self.lora is not None and self.model.start is None:
             raise ValueError("[lora] adapts a model that exists: say which with model.start")
+        return self
+
+    @model_validator(mode="after")
+    def _students_go_with(self) -> Self:
+        if self.distil is None:
+            return self
+        if self.model.start is None:
+            raise ValueError("[distil] trains a model that exists: say which with model.start")
+        if self.lora is not None:
+            raise ValueError("[distil] trains the model's own weights: leave [lora] out")
+        if self.superposition is not None:
+            raise ValueError("[distil] compares models token by token: leave [superposition] out")
+        if self.train.fused_update:
+            raise ValueError(
+                "[distil] computes with rounded weights in both passes: set train.fused_update to false, so that the "
+                "others are updated afterwards"
+            )
+        if self.distil.plan is not None and self.train.compile:
+            raise ValueError("distil.plan is obeyed by layers that are not compiled: set train.compile to false")
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +12,19 @@ from pathlib import Path
 from fallow.errors import FallowError
 from fallow.files import locked_or_refused, write_json
 from fallow.models.resting import obstacle_to_resting_neurons
+from fallow.models.tensors import RawTensor
 from fallow.terminal import Progress
 from fallow.training.activity import Activity
 from fallow.training.corpus import open_corpus
+from fallow.training.distil import open_distillation
 from fallow.training.export import export_model
 from fallow.training.journal import Journal
 from fallow.training.loop import StepReport, Trainer
-from fallow.training.lora import add_adapters, digest_of_model, export_adapters
+from fallow.training.lora import add_adapters, export_adapters
 from fallow.training.model import new_decoder
 from fallow.training.processes import Processes, joined
 from fallow.training.recipe import Recipe, load_recipe
-from fallow.training.start import start_decoder, start_path
+from fallow.training.start import digest_of_model, start_decoder, start_path
 from fallow.training.validation import Validation
 
 _RECIPE, _ACTIVITY = "recipe.json", "activity.json"
@@ -87,17 +89,32 @@ def _train(
 ) -> TrainResult:
     processes.require_same("The recipe", recipe.model_dump_json())
     processes.require_shared(folder)
-    if recipe.lora is not None and processes.count > 1:
-        raise FallowError("A recipe with [lora] trains in one process: start it without torchrun.")
+    for section, its in (("lora", recipe.lora), ("distil", recipe.distil)):
+        if its is not None and processes.count > 1:
+            raise FallowError(f"A recipe with [{section}] trains in one process: start it without torchrun.")
     corpus = processes.in_turn(lambda: open_corpus(recipe, progress))
     processes.require_same("The text or its tokenizer", corpus.digest)
     start = start_path(recipe)
     decoder = new_decoder(recipe, corpus.tokenizer) if start is None else start_decoder(recipe, start)
-    base = None
+    base, distillation = None, None
     if recipe.lora is not None and start is not None:
         add_adapters(decoder, recipe.lora, seed=recipe.train.seed)
         base = digest_of_model(start)
-    trainer = Trainer(recipe, decoder, corpus, folder, processes=processes, on_note=on_note, base=base)
+    if recipe.distil is not None and start is not None:
+        distillation = open_distillation(recipe, recipe.distil, decoder, start, corpus.tokenizer)
+        base = distillation.digest
+        if distillation.stored.frozen:
+            on_note(_untouched(distillation.stored.frozen))
+    trainer = Trainer(
+        recipe,
+        decoder,
+        corpus,
+        folder,
+        processes=processes,
+        on_note=on_note,
+        base=base,
+        distillation=distillation,
+    )
     if trainer.resume():
         on_note(f"Going on from step {trainer.state.step} of {trainer.steps}.")
     begin, curves = trainer.state.step, recipe.report.tensorboard
@@ -120,6 +137,9 @@ def _train(
                 write_json(folder / _ACTIVITY, activity.to_json())
             if recipe.lora is not None:
                 export_adapters(decoder, recipe.lora, str(recipe.model.start), folder / "adapter")
+            if distillation is not None:
+                distillation.export(weights, model)
+                return
             plan = None
             if activity is not None and obstacle_to_resting_neurons(decoder.config) is None:
                 plan = activity.plan
@@ -139,6 +159,11 @@ def _train(
         model=model if trainer.stopped is None else None,
         stopped=trainer.stopped,
     )
+
+
+def _untouched(tensors: Sequence[RawTensor]) -> str:
+    types = ", ".join(sorted({tensor.type.name for tensor in tensors}))
+    return f"{len(tensors)} tensors ({types}) stay as they are: as they are stored they cannot be trained."
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -38,8 +39,7 @@ def start_tokenizer(recipe: Recipe, path: Path, progress: Progress | None = None
     named = recipe.data.tokenizer
     tokenizer = load_tokenizer(path if named is None else resolve(named, progress=progress))
     tokenizer.check_vocabulary(config.vocab_size, str(named or recipe.model.start))
-    own = _own_tokenizer(path) if named is not None else None
-    if own is not None and not _same_tokens(tokenizer, own):
+    if named is not None and has_other_tokens(path, tokenizer):
         raise FallowError(
             f"data.tokenizer is {named}, whose tokens are not those that {recipe.model.start} was trained with: "
             "leave it out."
@@ -56,14 +56,21 @@ def start_decoder(recipe: Recipe, path: Path) -> Decoder:
     return load_decoder(open_checkpoint(path), compute=compute, context=recipe.data.context)
 
 
-def _own_tokenizer(path: Path) -> Tokenizer | None:
+def has_other_tokens(path: Path, tokenizer: Tokenizer) -> bool:
+    """Whether the model at ``path`` comes with a tokenizer whose tokens are not those of ``tokenizer``."""
     try:
-        return load_tokenizer(path)
+        own = load_tokenizer(path)
     except ModelFileError:  # it comes without one
-        return None
-
-
-def _same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
-    return one.vocab_size == other.vocab_size and all(
-        one.token_bytes[i] == other.token_bytes[i] for i in range(one.vocab_size)
+        return False
+    return own.vocab_size != tokenizer.vocab_size or any(
+        own.token_bytes[i] != tokenizer.token_bytes[i] for i in range(own.vocab_size)
     )
+
+
+def digest_of_model(path: Path) -> str:
+    """SHA-256 over the tensors of the model at ``path``: what is trained beside it, or from it, belongs to these."""
+    digest = hashlib.sha256()
+    for name, tensor in open_checkpoint(path).tensors.items():
+        digest.update(f"{name} {tensor.type.name} {tensor.shape}\n".encode())
+        digest.update(tensor.read().data)
+    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from fallow.data.windows import Batch
 from fallow.models.decoder import Decoder
+from fallow.training.distil import Distillation
 from fallow.training.loss import cross_entropy
 from fallow.training.optimizers.fused import FusedUpdates
 from fallow.training.optimizers.shards import own_part
@@ -30,7 +32,8 @@ class StepResult:
 
 
 class Step:
-    """Steps of one decoder and its optimizers, at most ``micro_batch`` sequences at once in each process."""
+    """Steps of one decoder and its optimizers, at most ``micro_batch`` sequences at once in each process; the loss is
+    that of ``distillation`` where there is one."""
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class Step:
         micro_batch: int | None,
         clip: float | None,
         fused: FusedUpdates | None = None,
+        distillation: Distillation | None = None,
         processes: Processes = ALONE,
     ) -> None:
         self.decoder = decoder
@@ -47,6 +51,7 @@ class Step:
         self.micro_batch = micro_batch
         self.clip = clip
         self.fused = fused
+        self.distillation = distillation
         self.processes = processes
 
     def take(self, batch: Batch, watch: LossWatch) -> StepResult:
@@ -79,10 +84,11 @@ class Step:
         bag = batch.inputs.shape[2] if batch.inputs.ndim == 3 else 1
         size = self.micro_batch * bag if self.micro_batch else sequences  # as many positions as without bags
         loss = 0.0
-        for first in range(0, sequences, size):
-            mean = self._loss(batch, slice(first, first + size)) / max(count, 1)
-            mean.backward()  # type: ignore[no-untyped-call]
-            loss += float(mean.detach())
+        with nullcontext() if self.distillation is None else self.distillation.stored.in_place():
+            for first in range(0, sequences, size):
+                mean = self._loss(batch, slice(first, first + size)) / max(count, 1)
+                mean.backward()  # type: ignore[no-untyped-call]
+                loss += float(mean.detach())
         return self.processes.total(loss), self._norm()
 
     def _take_fused(self, batch: Batch, watch: LossWatch, fused: FusedUpdates) -> StepResult:
@@ -102,8 +108,10 @@ class Step:
         device = self.decoder.head.device
         inputs = torch.from_numpy(batch.inputs[part]).to(device)
         documents = None if batch.documents is None else torch.from_numpy(batch.documents[part]).to(device)
-        hidden = self.decoder(inputs, documents)
         targets = torch.from_numpy(batch.counted_targets()[part]).to(device)
+        if self.distillation is not None:
+            return self.distillation.loss(self.decoder, inputs, documents, targets >= 0)
+        hidden = self.decoder(inputs, documents)
         return cross_entropy(
             hidden.flatten(0, 1),
             self.decoder.head,
