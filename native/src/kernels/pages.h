@@ -33,7 +33,7 @@ void summarise(const KvLayout& layout, const uint16_t* keys, uint16_t* summary) 
   }
 }
 
-// The `count`-th largest of n values that are not negative.
+// A number that `count` of n values, none negative, reach; more where several are equal to it.
 inline float largest(const float* values, int n, int count) {
   // Bits of such floats are in the order of the floats: the answer is found one bit after the other.
   uint32_t found = 0;
@@ -46,6 +46,7 @@ inline float largest(const float* values, int n, int count) {
       reached += bits >= at_least;
     }
     if (reached >= count) found = at_least;
+    if (reached == count) break;
   }
   float result;
   std::memcpy(&result, &found, 4);
@@ -97,16 +98,22 @@ void choose_pages(const PageChoiceTask& task, uint8_t* chosen, float* scratch) {
     const int page = task.page_table[task.first + std::min(i, n - 1)];
     return task.summaries + (static_cast<size_t>(page) * layout.num_kv_heads + task.kv_head) * layout.summary_elements();
   };
+  const auto summary_lines = static_cast<int>(layout.summary_elements() * sizeof(uint16_t) / cache_line);
+  const int steps = group * padded_dim / lanes;
+  const int lines_a_step = (lanes * summary_lines + steps - 1) / steps;
   for (int begin = 0; begin < n; begin += lanes) {
     const uint16_t* summary[lanes];
     for (int i = 0; i < lanes; ++i) summary[i] = summary_of(begin + i);
-    for (int i = lanes; i < 2 * lanes; ++i) prefetch_run(summary_of(begin + i), layout.summary_elements() * sizeof(uint16_t));
+    int fetched = 0;  // lines of the next summaries
     for (int h = 0; h < group; ++h) {
       const float* factor = factors + static_cast<size_t>(h) * padded_dim;
       typename S::F acc[lanes];
       for (auto& a : acc) a = S::zero();
       for (int d = 0; d < padded_dim; d += lanes) {
         const auto f = S::load_bytes(factor + d);
+        for (int i = 0; i < lines_a_step && fetched < lanes * summary_lines; ++i, ++fetched) {  // all at once would wait for each other
+          prefetch_far(reinterpret_cast<const uint8_t*>(summary_of(begin + lanes + fetched / summary_lines)) + fetched % summary_lines * cache_line);
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) acc[i] = S::dot_bf16(acc[i], S::load_bytes(summary[i] + 2 * d), f);
       }

@@ -8,8 +8,9 @@
 namespace fallow::kernels {
 
 // MR rows of activations by NR tiles: each sum is a chain of products, of which several are needed to fill their latency.
+// With every group of columns `fetch` bytes from `next` on are fetched: more at once would wait for each other.
 template <class S, int MR, int NR>
-FALLOW_INLINE void screen_tiles(const ScreenTask& task, int row, int tile) {
+FALLOW_INLINE void screen_tiles(const ScreenTask& task, int row, int tile, const uint8_t* next, size_t fetch) {
   using F = typename S::F;
   using I = typename S::I;
   const PackedSigns& w = *task.weights;
@@ -38,6 +39,7 @@ FALLOW_INLINE void screen_tiles(const ScreenTask& task, int row, int tile) {
     }
   }
   for (int g = 0; g < w.groups(); ++g) {
+    prefetch_run(next + g * fetch, fetch);
     const size_t bits = PackedSigns::codes_bytes + g * PackedSigns::group_bytes;
     I sum[MR][NR];
     // Twice what has a 1, less all: the start value of 8-bit codes is -128 times the sum of all.
@@ -81,19 +83,16 @@ void screen(const ScreenTask& task, int begin, int end) {
   constexpr size_t ahead = 8192;
   constexpr int together = S::max_rows >= 4 ? 4 : 1;  // tiles, of one row
   const PackedSigns& w = *task.weights;
-  const auto fetch = [&](int tile, int count) {
-    for (size_t line = 0; line < count * w.tile_bytes(); line += cache_line) prefetch_far(w.tile(tile) + ahead + line);
-  };
+  const auto a_group = [&](int tiles) { return ActivationFormat::align((tiles * w.tile_bytes() + w.groups() - 1) / w.groups()); };
   int tile = begin;
   for (; task.rows == 1 && tile + together <= end; tile += together) {
-    fetch(tile, together);
-    screen_tiles<S, 1, together>(task, 0, tile);
+    screen_tiles<S, 1, together>(task, 0, tile, w.tile(tile) + ahead, a_group(together));
   }
   for (; tile < end; ++tile) {
-    fetch(tile, 1);
     for (int row = 0; row < task.rows;) {
       const int take = std::min(S::max_rows, task.rows - row);
-      with_rows<S>(take, [&](auto rows) { screen_tiles<S, decltype(rows)::value, 1>(task, row, tile); });
+      const size_t fetch = row == 0 ? a_group(1) : 0;
+      with_rows<S>(take, [&](auto rows) { screen_tiles<S, decltype(rows)::value, 1>(task, row, tile, w.tile(tile) + ahead, fetch); });
       row += take;
     }
   }

@@ -11,7 +11,7 @@ from fallow.engine.batch import StepBatch, greedy
 from fallow.engine.runner import ModelRunner
 
 _STEPS = 12
-_PREFILL = 256  # tokens a step
+_PREFILL = 512  # tokens a step
 
 
 class Decoding:
