@@ -33,6 +33,18 @@ inline void with_rows(int rows, const F& f) {
   }
 }
 
+// Calls f(row, rows) for blocks of `most` rows or fewer, of even sizes: 8 rows are 4 + 4, not 6 + 2.
+template <class F>
+inline void for_row_blocks(int rows, int most, const F& f) {
+  for (int row = 0; row < rows;) {
+    const int left = rows - row;
+    const int blocks = (left + most - 1) / most;
+    const int take = (left + blocks - 1) / blocks;
+    f(row, take);
+    row += take;
+  }
+}
+
 using TilePair = std::array<int, 2>;
 
 // The pointers of one register tile: MR rows of activations by NR tiles of sixteen weight rows.
@@ -269,11 +281,7 @@ inline void compute_rows(const LinearTask& task, TileSource& t, PageCursor& page
   const size_t steps_in_all = static_cast<size_t>(steps) * ((task.rows + S::max_rows - 1) / S::max_rows);
   t.fetch = ActivationFormat::align((pair_bytes + steps_in_all - 1) / steps_in_all);
   const uint8_t* end = t.next + pair_bytes;
-  for (int row = 0; row < task.rows;) {
-    // Split evenly instead of leaving a small last tile: 8 rows are 4 + 4, not 6 + 2.
-    const int left = task.rows - row;
-    const int tiles_left = (left + S::max_rows - 1) / S::max_rows;
-    const int take = (left + tiles_left - 1) / tiles_left;
+  for_row_blocks(task.rows, S::max_rows, [&](int row, int take) {
     pages.next(t);
     with_rows<S>(take, [&](auto rows) {
       constexpr int MR = decltype(rows)::value;
@@ -284,8 +292,7 @@ inline void compute_rows(const LinearTask& task, TileSource& t, PageCursor& page
       }
     });
     t.next += steps * t.fetch;
-    row += take;
-  }
+  });
 }
 
 // 4-bit codes of a tile as 8-bit quads in the order in which the 8-bit kernel reads them.
@@ -301,8 +308,7 @@ inline void widen_codes(const uint8_t* packed, int groups, uint8_t* out) {
   }
 }
 
-template <class S, Codes CODES, int GROUP, Scales SC>
-void linear_tiles(const LinearTask& task, int begin, int end, uint8_t* scratch) {
+inline TileSource source_of(const LinearTask& task) {
   const PackedLinear& w = *task.weights;
   TileSource t{};
   t.stride = task.format.row_bytes();
@@ -311,6 +317,13 @@ void linear_tiles(const LinearTask& task, int begin, int end, uint8_t* scratch) 
   t.pairs_at = task.format.pairs_at();
   t.groups = w.groups;
   t.pairs = w.pairs;
+  return t;
+}
+
+template <class S, Codes CODES, int GROUP, Scales SC>
+void linear_tiles(const LinearTask& task, int begin, int end, uint8_t* scratch) {
+  const PackedLinear& w = *task.weights;
+  TileSource t = source_of(task);
   const int steps = CODES == Codes::bf16 ? (w.in_features + 1) / 2 : w.groups;
   // Widening pays once the codes are used by more than one register tile.
   const bool widen = CODES == Codes::q4 && task.rows > 6 * S::max_rows;

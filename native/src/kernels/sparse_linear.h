@@ -16,29 +16,6 @@ constexpr int most_single_rows = 2;  // rows that go through the columns one by 
 constexpr int columns_ahead = 256;   // between fetching and use
 constexpr int scales_ahead = 8;      // groups of them
 
-template <class F>
-inline void for_row_blocks(int rows, int most, const F& f) {
-  for (int row = 0; row < rows;) {
-    const int left = rows - row;
-    const int blocks = (left + most - 1) / most;
-    const int take = (left + blocks - 1) / blocks;
-    f(row, take);
-    row += take;
-  }
-}
-
-inline TileSource source_of(const LinearTask& task) {
-  const PackedLinear& w = *task.weights;
-  TileSource t{};
-  t.stride = task.format.row_bytes();
-  t.scales_at = task.format.scales_at();
-  t.start_at = task.format.start_at(w.codes == Codes::q8);
-  t.pairs_at = task.format.pairs_at();
-  t.groups = w.groups;
-  t.pairs = w.pairs;
-  return t;
-}
-
 // Brings the rows of a list one line after the other, a few lines at a time: more at once wait for each other.
 struct RowCursor {
   const PackedLinear& w;
@@ -215,7 +192,7 @@ FALLOW_NOINLINE void block_by_columns(const LinearTask& task, const TileSource& 
   for (int g = 0; g < t.groups; ++g) {
     if (g + scales_ahead < t.groups) prefetch_run(unit + w.unit_scales_at + (g + scales_ahead) * scale_bytes, scale_bytes);
     if (!is_last) prefetch_run(w.unit(block + 1) + g * pair_bytes, pair_bytes);
-    if (starts[g] == starts[g + 1]) continue;
+    if (starts[g] == starts[g + 1] && scales[g] == 0.f) continue;  // not where values were no numbers
     const I start = S::set1_i32(load_quad(t.activations + t.start_at + g * 4));
     I sum[block_tiles];
 #pragma GCC unroll 8
