@@ -16,7 +16,7 @@ from fallow.sparsification.run import Point
 
 SVG = "{http://www.w3.org/2000/svg}"
 DENSE = SparsityPlan.dense()
-FRONTIER = [Point(0.5, 1.001, 1.5, DENSE), Point(0.6, 1.004, 1.7, DENSE), Point(0.9, 1.022, 1.9, DENSE)]
+FRONTIER = [Point(0.5, 1.001, 1.5, DENSE, 0.1), Point(0.6, 1.004, 1.7, DENSE, 0.2), Point(0.9, 1.022, 1.9, DENSE, 0.4)]
 
 
 def marks(group: ElementTree.Element) -> np.ndarray:
