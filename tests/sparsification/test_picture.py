@@ -31,7 +31,7 @@ def panels(folder: Path) -> list[dict[str, ElementTree.Element]]:
     return [{group.get("id", ""): group for group in half.iter(f"{SVG}g")} for half in axes]
 
 
-@pytest.mark.parametrize("found", [FRONTIER[1], Point(0.0, 1.0, 1.1, DENSE)], ids=["on it", "beside it"])
+@pytest.mark.parametrize("found", [FRONTIER[1], Point(0.0, 1.0, 1.1, DENSE, 0.0)], ids=["on it", "beside it"])
 def test_points_stand_where_they_were_measured(found: Point, tmp_path: Path) -> None:
     draw(FRONTIER, found, budget=0.01, title="a $model$ & its <plan>", folder=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(PICTURES)
