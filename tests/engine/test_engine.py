@@ -267,7 +267,7 @@ def test_a_prompt_with_a_token_beyond_the_model_is_refused() -> None:
         assert engine.generate("what is it?", GREEDY)[0].outputs[0].token_ids
 
 
-UNKNOWN = SparsityPlan(input=(LayerRule("threshold", 0, "o_proj", {"threshold": 0.1}),))
+UNKNOWN = SparsityPlan(structure=(LayerRule("removed", 0, parameters={"heads": 1, "neurons": 8}),))
 
 
 def test_a_plan_that_cannot_be_run_is_refused() -> None:
