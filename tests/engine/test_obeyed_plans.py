@@ -33,26 +33,32 @@ def logits(model: Path, tokens: np.ndarray, plan: SparsityPlan | None, chunk: in
         runner.close()
 
 
-def test_the_reference_and_the_engine_read_the_same_pages(smollm2_gguf: Path) -> None:
+def divergences(model: Path, plan: SparsityPlan, count: int, first: int) -> tuple[float, float]:
+    """How far the engine under a plan and the dense reference are from the reference under it, in nats a token, after
+    those of ``count`` tokens from ``first`` on."""
     torch = pytest.importorskip("torch")
     from fallow.models.decoder_weights import load_decoder
 
-    tokens = np.array(load_tokenizer(smollm2_gguf).encode(inspect.getsource(random))[:500], np.int32)
-    decoder = load_decoder(open_checkpoint(smollm2_gguf), context=512)
-
-    def divergence(one: torch.Tensor, other: torch.Tensor) -> float:
-        p, q = (x[200:].log_softmax(-1) for x in (one, other))
-        return float((p.exp() * (p - q)).sum(-1).mean())
-
+    tokens = np.array(load_tokenizer(model).encode(inspect.getsource(random))[:count], np.int32)
+    decoder = load_decoder(open_checkpoint(model), context=512)
     with torch.no_grad():
         ids = torch.from_numpy(tokens.astype(np.int64))[None]
         dense = decoder.logits(decoder(ids))[0]
-        decoder.obey(CHOSEN)
+        decoder.obey(plan)
         expected = decoder.logits(decoder(ids))[0]
-    result = torch.from_numpy(logits(smollm2_gguf, tokens, CHOSEN))
+
+    def from_expected(other: torch.Tensor) -> float:
+        p, q = (x[first:].log_softmax(-1) for x in (expected, other))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    return from_expected(torch.from_numpy(logits(model, tokens, plan))), from_expected(dense)
+
+
+def test_the_reference_and_the_engine_read_the_same_pages(smollm2_gguf: Path) -> None:
+    engine, dense = divergences(smollm2_gguf, CHOSEN, count=500, first=200)
     # Where rounding turns two pages around that are worth nearly the same, a little more than rounding is left.
-    assert divergence(expected, result) < 0.01
-    assert divergence(expected, dense) > 0.05
+    assert engine < 0.01
+    assert dense > 0.05
 
 
 def inputs(threshold: float, *targets: str) -> tuple[LayerRule, ...]:
@@ -69,25 +75,10 @@ def inputs(threshold: float, *targets: str) -> tuple[LayerRule, ...]:
     ids=["neurons", "inputs of o_proj", "neurons and inputs of down_proj"],
 )
 def test_the_reference_and_the_engine_let_the_same_values_rest(smollm2_gguf: Path, plan: SparsityPlan) -> None:
-    torch = pytest.importorskip("torch")
-    from fallow.models.decoder_weights import load_decoder
-
-    tokens = np.array(load_tokenizer(smollm2_gguf).encode(inspect.getsource(random))[:200], np.int32)
-    decoder = load_decoder(open_checkpoint(smollm2_gguf), context=256)
-
-    def divergence(one: torch.Tensor, other: torch.Tensor) -> float:
-        p, q = (x[20:].log_softmax(-1) for x in (one, other))
-        return float((p.exp() * (p - q)).sum(-1).mean())
-
-    with torch.no_grad():
-        ids = torch.from_numpy(tokens.astype(np.int64))[None]
-        dense = decoder.logits(decoder(ids))[0]
-        decoder.obey(plan)
-        expected = decoder.logits(decoder(ids))[0]
-    result = torch.from_numpy(logits(smollm2_gguf, tokens, plan))
+    engine, dense = divergences(smollm2_gguf, plan, count=200, first=20)
     # What lies near the threshold is on either side of it after rounding: that much is left.
-    assert divergence(expected, dense) > 0.02
-    assert divergence(expected, dense) > 3 * divergence(expected, result)
+    assert dense > 0.02
+    assert dense > 3 * engine
 
 
 def test_a_plan_that_lets_nothing_rest_gives_the_dense_bits(smollm2_gguf: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from fallow.models.decoder import Decoder
 from fallow.models.decoder_weights import load_decoder
 from fallow.models.head_screen import SCREEN_FILE, HeadScreen
 from fallow.models.info import describe
+from fallow.models.rewrite import copy_model
 from fallow.models.rope import longest_context
 from fallow.models.store import resolve
 from fallow.models.tensors import Checkpoint
@@ -272,12 +272,8 @@ def _new_folder(
 ) -> Iterator[Path]:
     """The model's files, the plan and what it needs, in a folder that more can be written to; when the block ends it is
     complete, and where it raises not there."""
-    source = checkpoint.path
-    files = [source] if source.is_file() else [file for file in source.iterdir() if file.is_file()]
     with replacing_folder(folder) as partial:
-        for file in files:
-            if file.name not in (FILE_NAME, SCREEN_FILE, *PICTURES):
-                shutil.copyfile(file, partial / file.name)
+        copy_model(checkpoint, {}, partial, without=(FILE_NAME, SCREEN_FILE, *PICTURES))
         plan.save(partial / FILE_NAME)
         if head_screen is not None:
             head_screen.save(partial)
