@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+
+from fallow.plan import FILE_NAME, LayerRule, SparsityPlan
 
 CONTRACT = {"engine", "precision", "load", "batch", "context", "tokens_per_s", "ttft_s", "peak_memory_bytes"}
 
@@ -21,6 +24,26 @@ def test_json_has_the_runs_of_each_precision(fallow, tiny_checkpoints: dict[str,
     assert all(
         run["usd_per_million_output_tokens"] == pytest.approx(1000 / run["tokens_per_s"]) for run in result["runs"]
     )
+
+
+def test_a_plan_is_measured_beside_the_dense_model(fallow, tiny_checkpoints: dict[str, Path], tmp_path: Path):
+    model = tmp_path / "planned"
+    shutil.copytree(tiny_checkpoints["llama"], model)
+    pages = {"sink_pages": 1, "recent_pages": 1, "top_pages": 0}
+    SparsityPlan(attention=(LayerRule("top_pages", parameters=pages),)).save(model / FILE_NAME)
+    loads = ("--load", "decode:2:100", "--load", "prefill:1:100")
+    options = ("--precision", "auto", "--repetitions", "1", "--text", __file__, "--quality-tokens", "200")
+    done = fallow("bench", str(model), *loads, *options, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    at = [(run["precision"], run["load"], run["batch"], run["context"]) for run in result["runs"]]
+    forms, kinds = ("auto", "auto dense"), (("decode", 2, 100), ("prefill", 1, 100))
+    assert at == [(form, *kind) for kind in kinds for form in forms]
+    speeds = [run["tokens_per_s"] for run in result["runs"]]
+    assert [ratio["speed"] for ratio in result["plan_ratios"]] == [speeds[0] / speeds[1], speeds[2] / speeds[3]]
+    planned, dense = (quality["perplexity"] for quality in result["quality"])
+    assert planned != dense
+    assert "auto: plan / dense" in fallow("bench", str(model), "--load", "decode:1:40", *options).stdout
 
 
 def test_the_table_has_the_perplexity_of_a_text(fallow, tiny_checkpoints: dict[str, Path], tmp_path: Path):
@@ -57,6 +80,12 @@ def test_the_perplexity_alone(fallow, tiny_checkpoints: dict[str, Path]):
         (["--quick", "--precision", "q1"], 1, "q1"),
         (["--quick", "--text", "nowhere.txt"], 1, "nowhere.txt"),
         (["--quick", "--price", "nan"], 2, "--price"),
+        (["--load", "decode:8"], 2, "decode:8"),
+        (["--load", "decode:0:64"], 2, "decode:0:64"),
+        (["--load", "train:1:64"], 2, "train:1:64"),
+        (["--load", "decode:1:9999999"], 2, "too large"),
+        (["--load", "decode:1:64", "--quick"], 2, "--load"),
+        (["--load", "decode:1:4096"], 1, "4,128 tokens of context"),
     ],
 )
 def test_what_it_refuses(fallow, tiny_checkpoints: dict[str, Path], options: list[str], code: int, named: str):

@@ -23,4 +23,5 @@ def test_a_plan_diverges_from_dense(fallow, tmp_path: Path, tiny_checkpoints: di
     sparse = json.loads(fallow(*command).stdout)
     assert sparse["kl_to_dense"] > nearly["kl_to_dense"]
     assert sparse["tokens"] == dense["tokens"]
+    assert json.loads(fallow(*command, "--dense").stdout) == dense
     assert "kl to dense" in fallow(*command[:-1]).stdout

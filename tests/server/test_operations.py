@@ -180,9 +180,11 @@ def test_metrics_of_replicas_are_merged() -> None:
 
 REPLICAS = """
 import sys
+from fallow.plan import SparsityPlan
 from fallow.server import ServerSettings, serve_replicas
 settings = ServerSettings(port=int(sys.argv[2]), served_model_name="tiny")
-sys.exit(serve_replicas({"model": sys.argv[1], "max_num_seqs": 4}, settings, replicas=2))
+options = {"model": sys.argv[1], "max_num_seqs": 4}
+sys.exit(serve_replicas(options, settings, replicas=2, plan=SparsityPlan.dense()))
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,7 +37,7 @@ class Load:
     @property
     def title(self) -> str:
         if self.kind == "prefill":
-            return f"prefill {self.context:,}"
+            return f"prefill {self.context:,}" + (f" ×{self.batch}" if self.batch > 1 else "")
         return f"decode ×{self.batch}" + (f" at {self.context:,}" if self.context > 128 else "")
 
 
@@ -52,13 +53,24 @@ FULL: tuple[Load, ...] = (
 )
 QUICK = tuple(load for load in FULL if load.context <= 512 and load.batch in (1, 8))
 MEMORY = FULL[1]
+KINDS = ("prefill", "decode")
+_MOST_SEQUENCES, _MOST_TOKENS = 1024, 1 << 20
 
 
-def loads_of(name: str, max_context: int) -> tuple[Load, ...]:
-    """The loads of the set ``"full"``, ``"quick"`` or ``"none"`` that fit a model of ``max_context`` tokens.
+def loads_of(name: str | Sequence[Load], max_context: int) -> tuple[Load, ...]:
+    """The loads of the set ``"full"``, ``"quick"`` or ``"none"`` that fit a model of ``max_context`` tokens, or those
+    that are given.
 
-    Raises ``FallowError`` for another name, and where none fits.
+    Raises ``FallowError`` for another name, where none of a set fits, and where one that is given does not.
     """
+    if not isinstance(name, str):
+        for load in name:
+            if load.context + load.tokens > max_context:
+                raise FallowError(
+                    f"{load.title} takes {load.context + load.tokens:,} tokens of context, but the model has "
+                    f"{max_context:,}: measure a shorter one."
+                )
+        return tuple(dict.fromkeys(name))
     sets: dict[str, tuple[Load, ...]] = {"full": FULL, "quick": QUICK, "none": ()}
     if name not in sets:
         raise FallowError(f"There are no loads named {name!r}: use one of {', '.join(sets)}.")
@@ -66,3 +78,17 @@ def loads_of(name: str, max_context: int) -> tuple[Load, ...]:
     if not loads and sets[name]:
         raise FallowError(f"The model's context of {max_context} tokens is too short for any of the {name} loads.")
     return loads
+
+
+def load_named(text: str) -> Load:
+    """``prefill:1:2048`` or ``decode:8:7680``: what, how many prompts, of how many tokens. Raises ``ValueError`` where
+    it is something else."""
+    kind, *numbers = text.split(":")
+    if kind not in KINDS or len(numbers) != 2 or not all(n.isascii() and n.isdigit() and int(n) > 0 for n in numbers):
+        raise ValueError(f"{text!r} is no load: use KIND:BATCH:CONTEXT, such as prefill:1:2048 or decode:8:7680")
+    batch, context = map(int, numbers)
+    if batch > _MOST_SEQUENCES or context > _MOST_TOKENS:
+        raise ValueError(f"{text!r} is too large a load: at most {_MOST_SEQUENCES} prompts of {_MOST_TOKENS:,} tokens")
+    if kind == "prefill":
+        return Load("prefill", batch, context, 1)
+    return Load("decode", batch, context, 32 if context > 512 else 48)

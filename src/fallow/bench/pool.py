@@ -193,6 +193,7 @@ def start_worker(
         max_batch=max_batch,
         max_context=max_context,
         max_positions=max_positions,
+        dense=variant.dense,
     )
     return WorkerProcess(variant, options, scratch / f"{variant.name.replace(' ', '-')}.log")
 

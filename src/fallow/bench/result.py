@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 OURS = "fallow"
+DENSE = " dense"
+"""After a precision of ours that was measured without the plan of the model."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,19 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class PlanRatio:
+    """Ours with the plan of the model over ours without it, in one precision at one load: ``speed`` above 1 means that
+    it is faster, ``joules`` below 1 that a token takes less."""
+
+    precision: str
+    load: str
+    batch: int | None
+    context: int | None
+    speed: float
+    joules: float | None
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A peer, or one precision of it, that was not measured, and why."""
 
@@ -103,6 +118,21 @@ class BenchResult:
                 )
         return found
 
+    @property
+    def plan_ratios(self) -> list[PlanRatio]:
+        """One for each load and precision that was measured with the plan and without."""
+        runs = {(run.precision, run.load, run.batch, run.context): run for run in self.runs if run.engine == OURS}
+        found = []
+        for (precision, load, batch, context), run in runs.items():
+            dense = runs.get((precision + DENSE, load, batch, context))
+            if dense is not None and dense.tokens_per_s > 0:
+                energies = run.joules_per_token, dense.joules_per_token
+                joules = energies[0] / energies[1] if energies[0] is not None and energies[1] else None
+                speed = run.tokens_per_s / dense.tokens_per_s
+                found.append(PlanRatio(precision, load, batch, context, speed, joules))
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """The object that ``fallow bench --json`` prints."""
-        return {**asdict(self), "ratios": [asdict(ratio) for ratio in self.ratios]}
+        ratios = [asdict(ratio) for ratio in self.ratios]
+        return {**asdict(self), "ratios": ratios, "plan_ratios": [asdict(ratio) for ratio in self.plan_ratios]}

@@ -14,7 +14,6 @@ from typing import Any
 from fallow import _native
 from fallow.bench.environment import PeerError, peer_python
 from fallow.bench.loads import MEMORY, Load, loads_of
-from fallow.bench.machine import machine
 from fallow.bench.ours import our_variants
 from fallow.bench.peers import PEERS, peer_named
 from fallow.bench.peers.base import Variant
@@ -28,6 +27,7 @@ from fallow.errors import FallowError
 from fallow.evaluate.perplexity import DEFAULT_WINDOW
 from fallow.meter.cost import DEFAULT_PRICE_SOURCE, DEFAULT_USD_PER_HOUR, usd_per_million_tokens
 from fallow.meter.energy import EnergyMeter
+from fallow.meter.machine import machine
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.rope import longest_context
 from fallow.models.store import resolve
@@ -43,7 +43,7 @@ def run_bench(
     *,
     peers: Sequence[str] = (),
     precisions: Sequence[str] | None = None,
-    loads: str = "full",
+    loads: str | Sequence[Load] = "full",
     repetitions: int = 3,
     threads: int | None = None,
     price: float | None = None,
@@ -56,12 +56,13 @@ def run_bench(
     """Measure our engine and ``peers`` with ``model``.
 
     ``peers``: names of ``fallow.bench.peers.PEERS``; one that cannot be measured here is in ``skipped`` with the
-    reason. ``precisions`` are ours. ``loads``: ``"full"``; ``"quick"``, which leaves the perplexity out unless ``text``
-    or ``quality_tokens`` asks for it; or ``"none"``, for the perplexity or the trace alone. ``quality_tokens=0`` leaves
+    reason. ``precisions`` are ours; where the model has a plan, each is measured with it and without. ``loads``:
+    ``"full"``; ``"quick"`` or the loads themselves, which leave the perplexity out unless ``text`` or
+    ``quality_tokens`` asks for it; or ``"none"``, for the perplexity or the trace alone. ``quality_tokens=0`` leaves
     the perplexity out always. ``price`` is what the machine costs an hour, in dollars. ``trace`` replays a trace
-    against the server of each engine too (its fastest precision) and against ``endpoint``. Each load is measured
-    ``repetitions`` times, the engines taking turns, after a pass that is not counted; medians are given. ``progress``
-    is called with what is being done, steps done, and steps in all.
+    against the server of each engine too (its fastest precision, ours with the plan and without) and against
+    ``endpoint``. Each load is measured ``repetitions`` times, the engines taking turns, after a pass that is not
+    counted; medians are given. ``progress`` is called with what is being done, steps done, and steps in all.
 
     Raises ``FallowError`` where the model cannot be loaded or an argument makes no sense.
     """
@@ -179,20 +180,22 @@ class _Bench:
             self._result.skipped.append(skipped)
 
     def fastest(self) -> list[Variant]:
-        """Of each engine the variant that decoded the largest batch fastest; its first one where that is not known."""
+        """Of each engine, and of ours with the plan and without it, the variant that decoded the largest batch fastest;
+        the first one where that is not known."""
         largest = max(self._loads, key=lambda load: load.batch, default=None)
         speeds = {
             (run.engine, run.precision): run.tokens_per_s
             for run in self._result.runs
             if largest is not None and (run.load, run.batch) == ("decode", largest.batch)
         }
-        best: dict[str, Variant] = {}
+        best: dict[tuple[str, bool], Variant] = {}
         for variant in self.left:
             if not variant.for_speed:
                 continue
-            chosen = best.setdefault(variant.engine, variant)
+            key = (variant.engine, variant.dense)
+            chosen = best.setdefault(key, variant)
             if speeds.get((variant.engine, variant.precision), 0) > speeds.get((chosen.engine, chosen.precision), 0):
-                best[variant.engine] = variant
+                best[key] = variant
         return list(best.values())
 
     @contextmanager

@@ -219,7 +219,7 @@ def running_server(variant: Variant, *, threads: int, max_context: int, scratch:
         port = free.getsockname()[1]
     limits = {"port": port, "threads": threads, "max_context": max_context}
     if variant.engine == OURS:
-        command = our_server_command(variant.model, variant.worker_precision, **limits)
+        command = our_server_command(variant, **limits)
         environment = dict(os.environ)
     else:
         command = PEERS[variant.engine].server_command(variant, **limits)

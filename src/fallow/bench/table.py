@@ -82,6 +82,10 @@ def _speed(result: BenchResult, engines: list[tuple[str, str]]) -> Table:
         table.add_section()
         cells = [f"{ratios[key].ratio:.2f}" if key in ratios else "" for key in keys]
         table.add_row("fallow / best peer", *cells, style="bold")
+    planned = {(found.precision, found.load, found.batch, found.context): found.speed for found in result.plan_ratios}
+    for precision in dict.fromkeys(found[0] for found in planned):
+        cells = [f"{planned[precision, *key]:.2f}" if (precision, *key) in planned else "" for key in keys]
+        table.add_row(f"{precision}: plan / dense", *cells, style="bold")
     return table
 
 

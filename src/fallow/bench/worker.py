@@ -28,6 +28,7 @@ class WorkerOptions:
     """What a worker needs to know to load its model.
 
     ``max_batch`` sequences at once, of ``max_context`` tokens at most each, ``max_positions`` tokens together.
+    ``dense``: without the plan that lies beside the model.
     """
 
     model: str
@@ -36,6 +37,7 @@ class WorkerOptions:
     max_context: int
     max_positions: int
     precision: str = "auto"
+    dense: bool = False
 
 
 class Backend(Protocol):

@@ -31,6 +31,13 @@ def bench(
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter loads, each once, no perplexity.")] = False,
+    load: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND:BATCH:CONTEXT",
+            help="These loads and no others, such as decode:8:7680 or prefill:1:2048; may be given several times.",
+        ),
+    ] = None,
     repetitions: Annotated[
         int | None, typer.Option(min=1, show_default="3, or 1 with --quick", help="Times that each load is measured.")
     ] = None,
@@ -74,11 +81,14 @@ def bench(
         raise typer.BadParameter(
             "--trace-only measures nothing else: leave out --quick, --quality-only, --text and --quality-tokens"
         )
+    if load and (quick or trace_only or quality_only):
+        raise typer.BadParameter("--load measures the loads that it names: leave out --quick and the --...-only")
     if quality_only and (quick or trace is not None or quality_tokens == 0):
         raise typer.BadParameter(
             "--quality-only measures nothing else: leave out --quick and --trace, and score at least one token"
         )
 
+    from fallow.bench.loads import load_named
     from fallow.bench.quality import QualityText
     from fallow.bench.replay import Endpoint
     from fallow.bench.run import run_bench
@@ -87,6 +97,10 @@ def bench(
 
     if trace is not None and not trace.is_file():
         raise FallowError(f"{trace} is not a file: give a trace as CSV with TIMESTAMP,ContextTokens,GeneratedTokens")
+    try:
+        named = [load_named(text) for text in load or ()]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     quality = None if text is None else QualityText(text, read_text(text))
     fetch(model)
     with progress(unit="steps") as bar:
@@ -94,7 +108,7 @@ def bench(
             model,
             peers=peer or (),
             precisions=precision,
-            loads="none" if trace_only or quality_only else "quick" if quick else "full",
+            loads=named or ("none" if trace_only or quality_only else "quick" if quick else "full"),
             repetitions=repetitions or (_QUICK_REPETITIONS if quick else _REPETITIONS),
             threads=threads,
             price=price,

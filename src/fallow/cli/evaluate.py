@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fallow.cli.options import Json, Model, Precision, Threads, fetch
+from fallow.cli.options import Dense, Json, Model, Precision, Threads, fetch
 from fallow.errors import FallowError
 from fallow.files import decoded
 from fallow.terminal import print_fields, print_json, print_table, progress, spinner
@@ -35,6 +36,7 @@ def evaluate(
     shots: Annotated[
         int | None, typer.Option(min=0, help="Solved examples before a question.", show_default="the task's")
     ] = None,
+    dense: Dense = False,
     precision: Precision = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -42,14 +44,16 @@ def evaluate(
     """Perplexity of MODEL on TEXT and, where it has a plan, how far that takes it from the dense model; or how often
     it finds a needle, or solves a TASK."""
     if text == NEEDLE and not Path(text).exists():
-        _find_needles(model, context, trials, precision, threads, json)
+        _find_needles(model, context, trials, dense, precision, threads, json)
     elif text.endswith((".yaml", ".yml")) or (text != "-" and "." not in text and not Path(text).exists()):
-        _solve(model, text, limit, shots, precision, threads, json)
+        _solve(model, text, limit, shots, dense, precision, threads, json)
     else:
-        _score(model, text, window, precision, threads, json)
+        _score(model, text, window, dense, precision, threads, json)
 
 
-def _score(model: str, text: str, window: int, precision: Precision, threads: Threads, json: bool) -> None:
+def _score(
+    model: str, text: str, window: int, is_dense: bool, precision: Precision, threads: Threads, json: bool
+) -> None:
     content = read_text(text)
 
     from fallow.engine.runner import ModelRunner
@@ -66,7 +70,7 @@ def _score(model: str, text: str, window: int, precision: Precision, threads: Th
         tokenizer.check_vocabulary(checkpoint.config.vocab_size, model)
         longest = min(window, longest_context(checkpoint.config.rope, checkpoint.config.max_position_embeddings))
         pages = -(-longest // ModelRunner.page_size)
-        plan = SparsityPlan.beside(path) or SparsityPlan.dense()
+        plan = (None if is_dense else SparsityPlan.beside(path)) or SparsityPlan.dense()
 
         def runner_of(plan: SparsityPlan) -> ModelRunner:
             return ModelRunner(checkpoint, precision=precision, threads=threads, num_pages=pages, plan=plan)
@@ -88,15 +92,23 @@ def _score(model: str, text: str, window: int, precision: Precision, threads: Th
 
 
 def _find_needles(
-    model: str, context: int | None, trials: int, precision: Precision, threads: Threads, json: bool
+    model: str, context: int | None, trials: int, dense: bool, precision: Precision, threads: Threads, json: bool
 ) -> None:
     from fallow.engine.engine import Engine
     from fallow.engine.sampling import SamplingParams
     from fallow.evaluate.needle import find_needles
+    from fallow.plan import SparsityPlan
 
     path = fetch(model)
     with spinner(f"Loading {model}"):
-        engine = Engine(path, precision=precision, threads=threads, max_context=context, max_num_seqs=4)
+        engine = Engine(
+            path,
+            precision=precision,
+            threads=threads,
+            max_context=context,
+            max_num_seqs=4,
+            plan=SparsityPlan.dense() if dense else None,
+        )
 
     def answers(prompts: list[list[int]], tokens: int) -> list[str]:
         outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens))
@@ -118,7 +130,14 @@ def _find_needles(
 
 
 def _solve(
-    model: str, task: str, limit: int | None, shots: int | None, precision: Precision, threads: Threads, json: bool
+    model: str,
+    task: str,
+    limit: int | None,
+    shots: int | None,
+    dense: bool,
+    precision: Precision,
+    threads: Threads,
+    json: bool,
 ) -> None:
     try:
         from fallow.evaluate.tasks import HarnessModel, Writing, accuracy, run_task
@@ -128,22 +147,23 @@ def _solve(
         ) from error
     from fallow.engine.engine import Engine
     from fallow.engine.sampling import SamplingParams
+    from fallow.plan import SparsityPlan
 
     path = fetch(model)
     with spinner(f"Loading {model}"):
         # Pages that a prefix keeps would be overwritten when a text is scored.
-        engine = Engine(path, precision=precision, threads=threads, max_num_seqs=8, prefix_caching=False)
+        engine = Engine(
+            path,
+            precision=precision,
+            threads=threads,
+            max_num_seqs=8,
+            prefix_caching=False,
+            plan=SparsityPlan.dense() if dense else None,
+        )
 
     def writes(prompts: list[list[int]], how: Writing) -> list[str]:
-        params = SamplingParams(
-            max_tokens=how.max_tokens,
-            temperature=how.temperature,
-            top_p=how.top_p,
-            top_k=how.top_k,
-            stop=how.stop,
-            seed=0,
-        )
-        return [output.outputs[0].text for output in engine.generate(prompts, params)]
+        outputs = engine.generate(prompts, SamplingParams(seed=0, **asdict(how)))
+        return [output.outputs[0].text for output in outputs]
 
     with engine, progress(unit="answers") as bar:
         solver = HarnessModel(engine.runner, writes, engine.tokenizer, progress=bar)

@@ -26,6 +26,7 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, show_default="as many as cores may be used", help="Threads of the engine."),
 ]
+Dense = Annotated[bool, typer.Option("--dense", help="Without the plan that lies beside the model: nothing rests.")]
 Speculation = Annotated[
     Literal["off", "prompt-lookup", "self"],
     typer.Option(

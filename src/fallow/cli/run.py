@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fallow.cli.options import DEFAULT_MODEL, Json, Precision, Speculation, Threads, fetch
+from fallow.cli.options import DEFAULT_MODEL, Dense, Json, Precision, Speculation, Threads, fetch
 from fallow.terminal import note, print_json, spinner, write_text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,6 +28,7 @@ def run(
     max_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 512,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same answer.")] = None,
     speculation: Speculation = "off",
+    dense: Dense = False,
     precision: Precision = "auto",
     threads: Threads = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as it is, without the chat template.")] = False,
@@ -49,6 +50,7 @@ def run(
     from fallow.cli.conversation import Conversation, chat
     from fallow.engine.engine import Engine
     from fallow.engine.sampling import SamplingParams
+    from fallow.plan import SparsityPlan
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
     fetch(model)
@@ -59,6 +61,7 @@ def run(
             threads=threads,
             max_num_seqs=1,
             speculation=None if speculation == "off" else speculation,
+            plan=SparsityPlan.dense() if dense else None,
         )
     try:
         conversation = Conversation(engine, sampling, system=system)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fallow.cli.options import DEFAULT_MODEL, Model, Precision, Speculation, Threads, fetch
+from fallow.cli.options import DEFAULT_MODEL, Dense, Model, Precision, Speculation, Threads, fetch
 from fallow.terminal import spinner
 
 
@@ -29,6 +29,7 @@ def serve(
         int | None, typer.Option(min=1, show_default="the model's", help="Tokens of a sequence at most.")
     ] = None,
     speculation: Speculation = "off",
+    dense: Dense = False,
     price: Annotated[float | None, typer.Option(min=0, metavar="USD", help="What the machine costs an hour.")] = None,
     precision: Precision = "auto",
     threads: Threads = None,
@@ -37,6 +38,7 @@ def serve(
     if any(not key.strip() for key in api_key or ()):
         raise typer.BadParameter("--api-key is empty: without a key, leave it out")
 
+    from fallow.plan import SparsityPlan
     from fallow.server import ServerSettings, load_api_keys
 
     api_keys = load_api_keys(api_key or (), api_key_file)
@@ -60,16 +62,17 @@ def serve(
         "max_queue": max_queue,
         "speculation": None if speculation == "off" else speculation,
     }
+    plan = SparsityPlan.dense() if dense else None
     if replicas > 1:
         from fallow.server import serve_replicas
 
-        raise typer.Exit(serve_replicas(options, settings, replicas=replicas))
+        raise typer.Exit(serve_replicas(options, settings, replicas=replicas, plan=plan))
 
     from fallow.engine.engine import Engine
     from fallow.server import serve as serve_engine
 
     with spinner(f"Loading {model}"):
-        engine = Engine(**options)
+        engine = Engine(**options, plan=plan)
     try:
         serve_engine(engine, settings)
     finally:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fallow.engine.engine import Engine
 from fallow.errors import FallowError
+from fallow.plan import SparsityPlan
 from fallow.server.process import serve
 from fallow.server.record import log_line
 from fallow.server.settings import ServerSettings
@@ -31,7 +32,8 @@ def main() -> int:
     order = json.loads(sys.stdin.buffer.readline())
     settings = ServerSettings(**order["settings"] | {"api_keys": tuple(order["settings"]["api_keys"])})
     try:
-        engine = Engine(**order["engine"])
+        plan = None if order["plan"] is None else SparsityPlan.from_json(order["plan"])
+        engine = Engine(**order["engine"], plan=plan)
         threading.Thread(target=_end_with_parent, daemon=True).start()
         try:
             serve(engine, settings, replica=(Path(order["folder"]), order["index"]))

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fallow.errors import FallowError
+from fallow.plan import SparsityPlan
 from fallow.server.process import bind, url_of
 from fallow.server.record import log_line
 from fallow.server.settings import ServerSettings
@@ -61,8 +62,11 @@ def split_cores(cores: Sequence[int], replicas: int) -> list[Sequence[int] | Non
     return [cores[i * len(cores) // replicas : (i + 1) * len(cores) // replicas] for i in range(replicas)]
 
 
-def serve_replicas(engine_options: Mapping[str, Any], settings: ServerSettings, *, replicas: int) -> int:
-    """Run ``replicas`` servers of ``Engine(**engine_options)`` on one port; returns the exit code when all have ended.
+def serve_replicas(
+    engine_options: Mapping[str, Any], settings: ServerSettings, *, replicas: int, plan: SparsityPlan | None = None
+) -> int:
+    """Run ``replicas`` servers of ``Engine(**engine_options, plan=plan)`` on one port; returns the exit code when all
+    have ended.
 
     ``engine_options`` must be plain JSON values. The code is 0 after a signal and a graceful drain, 1 where a replica
     could not be kept running. Raises ``FallowError`` where the port is taken or the system lacks SO_REUSEPORT.
@@ -76,7 +80,12 @@ def serve_replicas(engine_options: Mapping[str, Any], settings: ServerSettings, 
         bind(settings.host, settings.port, reuse_port=True) as reserved,  # never listens, so it gets no connections
     ):
         settings = dataclasses.replace(settings, port=reserved.getsockname()[1])
-        order = {"engine": dict(engine_options), "settings": dataclasses.asdict(settings), "folder": folder}
+        order = {
+            "engine": dict(engine_options),
+            "plan": None if plan is None else plan.to_json(),
+            "settings": dataclasses.asdict(settings),
+            "folder": folder,
+        }
         shares = split_cores(sorted(os.sched_getaffinity(0)), replicas)
         log_line({"event": "replicas", "count": replicas, "url": url_of(reserved)})
         signals: list[int] = []

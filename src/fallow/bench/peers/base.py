@@ -16,7 +16,7 @@ class Variant:
     """One engine with one form of the model: what ``launch.py`` runs, in which Python, with which model and precision.
 
     ``variables`` are set in the environment of its worker and of its server. ``for_speed`` and ``for_quality`` say what
-    it is asked.
+    it is asked. ``dense``: without the plan that lies beside the model.
     """
 
     engine: str
@@ -28,6 +28,7 @@ class Variant:
     variables: Mapping[str, str] = field(default_factory=dict)
     for_speed: bool = True
     for_quality: bool = False
+    dense: bool = False
 
     @property
     def name(self) -> str:

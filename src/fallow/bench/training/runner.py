@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fallow.bench.environment import Requirements, peer_python
-from fallow.bench.machine import commit, machine
 from fallow.bench.training.process import do_job
 from fallow.bench.training.records import Record
 from fallow.bench.training.sides import Side, check_close
 from fallow.bench.training.windows import evaluated_windows, write_train, write_valid
 from fallow.data.windows import bits_per_byte
 from fallow.errors import FallowError
+from fallow.meter.machine import commit, machine
 from fallow.models.hf_document import hf_document
 from fallow.terminal import Progress
 from fallow.training.corpus import Corpus, open_corpus

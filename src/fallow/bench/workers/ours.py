@@ -10,6 +10,7 @@ from fallow.engine.engine import Engine
 from fallow.engine.outputs import RequestDelta
 from fallow.engine.runner import Precision
 from fallow.engine.sampling import SamplingParams
+from fallow.plan import SparsityPlan
 
 
 class OursBackend:
@@ -23,6 +24,7 @@ class OursBackend:
             max_context=options.max_context,
             max_num_seqs=options.max_batch,
             prefix_caching=False,
+            plan=SparsityPlan.dense() if options.dense else None,
         )
         self.vocab_size = self.engine.runner.vocab_size
 
