@@ -53,7 +53,7 @@ def main() -> None:
 def _row(name: str, runner: ModelRunner, text: np.ndarray, chunk: int, turns: int) -> tuple[object, ...]:
     sampling = greedy(1 if chunk > 1 else len(text))
     recorded = runner._trace_shape
-    nothing = replace(recorded, rests=[Resting()] * len(recorded.rests), tiles=None)
+    nothing = replace(recorded, rests=[Resting()] * len(recorded.rests), inputs=[], tiles=None)
     seconds = np.zeros((turns + 1, 2))
     for turn in range(turns + 1):
         for side, shape in enumerate((nothing, recorded)):
@@ -69,7 +69,7 @@ def _row(name: str, runner: ModelRunner, text: np.ndarray, chunk: int, turns: in
 
 
 def _bytes(trace: Trace) -> int:
-    return sum(part.packed.nbytes for part in (trace.pages, trace.neurons) if part is not None)
+    return sum(part.packed.nbytes for part in (trace.pages, trace.neurons, trace.inputs) if part is not None)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,16 @@ NumpyFloats above_threshold(const std::string& isa, const Matrix& x, float quant
   return owned<float>(std::move(values), {x.shape(0), x.shape(1)});
 }
 
+NumpyFloats keep_largest(const std::string& isa, const Matrix& x, int count, const std::string& activation) {
+  if (count < 0) throw std::invalid_argument("count must be at least 0");
+  std::vector<float> values(x.data(), x.data() + x.size());
+  std::vector<float> scratch(rounded(x.shape(1), lanes));
+  for (size_t r = 0; r < x.shape(0); ++r) {
+    kernels_of(isa).keep_largest(values.data() + r * x.shape(1), static_cast<int>(x.shape(1)), count, activation_of(activation), scratch.data());
+  }
+  return owned<float>(std::move(values), {x.shape(0), x.shape(1)});
+}
+
 // Rotates and caches `qkv` [tokens][(heads + 2 kv_heads) * head_dim] in pages that are in no order, then attends with
 // the last `queries` tokens. Garbage (NaN) fills what is not written. With `top_pages`, of each KV head, pages are chosen
 // among those that are not the first `sink_pages` or the last `recent_pages`; [queries][kv heads][pages] says which.
@@ -279,6 +289,7 @@ void bind_kernels(nb::module_& m) {
   m.def("mix", &mix, "isa"_a, "x"_a, "first"_a, nb::kw_only(), "keep"_a, "again"_a);
   m.def("soft_cap", &soft_cap, "isa"_a, "x"_a, "cap"_a);
   m.def("above_threshold", &above_threshold, "isa"_a, "x"_a, "quantile"_a);
+  m.def("keep_largest", &keep_largest, "isa"_a, "x"_a, "count"_a, nb::kw_only(), "activation"_a);
   m.def("attention", &attention, "isa"_a, "qkv"_a, "table"_a, nb::kw_only(), "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "rotary_dim"_a,
         "queries"_a, "window"_a, "scale"_a, "sink_pages"_a = 0, "recent_pages"_a = 1, "top_pages"_a = std::vector<int>{});
   m.def("feed_forward", &feed_forward, "isa"_a, "up"_a.none(), "down"_a, "x"_a, "gates"_a, nb::kw_only(), "precision"_a, "activation"_a, "threshold"_a,

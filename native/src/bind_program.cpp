@@ -45,11 +45,11 @@ Step step_of(const Ints& tokens, const Ints& row_offsets, const Ints& start_posi
 }
 
 using PageRecord = nb::ndarray<uint8_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
-using NeuronRecord = nb::ndarray<uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using BitRecord = nb::ndarray<uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using TileRecord = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-Record record_of(const Program& p, const Step& step, const std::optional<PageRecord>& pages, const std::optional<NeuronRecord>& neurons,
-                 const std::optional<TileRecord>& tiles) {
+Record record_of(const Program& p, const Step& step, const std::optional<PageRecord>& pages, const std::optional<BitRecord>& neurons,
+                 const std::optional<BitRecord>& inputs, const std::optional<TileRecord>& tiles) {
   Record record;
   const auto tokens = static_cast<size_t>(step.num_tokens);
   if (pages) {
@@ -66,6 +66,13 @@ Record record_of(const Program& p, const Step& step, const std::optional<PageRec
     }
     record.neurons = neurons->data();
     record.neuron_bytes = neurons->shape(2);
+  }
+  if (inputs) {
+    if (inputs->shape(0) != tokens || inputs->shape(1) != static_cast<size_t>(p.num_inputs())) {
+      throw std::invalid_argument("a record of inputs holds bits for each token and linear of which inputs rest");
+    }
+    record.inputs = inputs->data();
+    record.input_bytes = inputs->shape(2);
   }
   if (tiles) {
     if (tiles->shape(0) != static_cast<size_t>(step.num_logit_rows)) throw std::invalid_argument("a record of tiles holds one number for each logit row");
@@ -152,8 +159,8 @@ void bind_program(nb::module_& m) {
           },
           "x"_a, "weight"_a, "out"_a, "eps"_a, nb::kw_only(), "kept"_a = -1)
       .def(
-          "quantise", [](Program& p, int x, int out, float threshold) { p.add(op::Quantise{x, out, threshold}); }, "x"_a, "out"_a, nb::kw_only(),
-          "threshold"_a = 0.f)
+          "quantise", [](Program& p, int x, int out, float threshold, bool recorded) { p.add(op::Quantise{x, out, threshold, recorded}); }, "x"_a,
+          "out"_a, nb::kw_only(), "threshold"_a = 0.f, "recorded"_a = false)
       .def(
           "linear",
           [](Program& p, int activations, int weights, int out, int bias, int column, const std::string& epilogue, int gates,
@@ -187,6 +194,10 @@ void bind_program(nb::module_& m) {
           "first"_a, "out"_a, nb::kw_only(), "keep"_a, "again"_a)
       .def("soft_cap", [](Program& p, int x, float cap) { p.add(op::SoftCap{x, cap}); }, "x"_a, "cap"_a)
       .def("above_threshold", [](Program& p, int x, float quantile) { p.add(op::AboveThreshold{x, quantile}); }, "x"_a, "quantile"_a)
+      .def(
+          "keep_largest",
+          [](Program& p, int x, int count, const std::string& activation) { p.add(op::KeepLargest{x, count, activation_of(activation)}); }, "x"_a,
+          "count"_a, nb::kw_only(), "activation"_a)
       .def(
           "neurons",
           [](Program& p, int x, int gates, int weights, const std::string& activation, float threshold) {
@@ -229,13 +240,13 @@ void bind_program(nb::module_& m) {
              const RowBytes& sampling, std::optional<Int32Array> bias_offsets, std::optional<Int32Array> bias_tokens,
              std::optional<FloatArray> bias_values, std::optional<Int32Array> repeated_offsets, std::optional<Int32Array> repeated_tokens,
              std::optional<WordRows> allowed, const std::string& mode, std::optional<PageRecord> pages_read,
-             std::optional<NeuronRecord> neurons_at_work, std::optional<TileRecord> tiles_computed) {
+             std::optional<BitRecord> neurons_at_work, std::optional<BitRecord> inputs_at_work, std::optional<TileRecord> tiles_computed) {
             Step step = step_of(tokens, row_offsets, start_positions, page_table, logit_rows);
             step.mode = mode_of(mode);
             SampleCall call(step.num_logit_rows, p.vocab_size(), sampling,
                             {bias_offsets, bias_tokens, bias_values, repeated_offsets, repeated_tokens, allowed});
             {
-              const Record record = record_of(p, step, pages_read, neurons_at_work, tiles_computed);
+              const Record record = record_of(p, step, pages_read, neurons_at_work, inputs_at_work, tiles_computed);
               const nb::gil_scoped_release release;
               p.check(step, record);
               p.run(step, &call.args, record);
@@ -245,7 +256,7 @@ void bind_program(nb::module_& m) {
           "tokens"_a, "row_offsets"_a, "start_positions"_a, "page_table"_a, "logit_rows"_a, "sampling"_a, "bias_offsets"_a = nb::none(),
           "bias_tokens"_a = nb::none(), "bias_values"_a = nb::none(), "repeated_offsets"_a = nb::none(), "repeated_tokens"_a = nb::none(),
           "allowed"_a = nb::none(), "mode"_a = "plan", nb::kw_only(), "pages_read"_a.noconvert() = nb::none(),
-          "neurons_at_work"_a.noconvert() = nb::none(), "tiles_computed"_a.noconvert() = nb::none())
+          "neurons_at_work"_a.noconvert() = nb::none(), "inputs_at_work"_a.noconvert() = nb::none(), "tiles_computed"_a.noconvert() = nb::none())
       .def(
           "log_probabilities",
           [](Program& p, const Ints& targets) {

@@ -133,7 +133,7 @@ void Program::execute(const op::NormQuantise& o, int index, int thread, const Pa
   if (summed > 0) add_to_totals(index, sums);
 }
 
-void Program::execute(const op::Quantise& o, int, int, const Part& part) {
+void Program::execute(const op::Quantise& o, int index, int, const Part& part) {
   const ActivationFormat& f = activations_[o.out].format;
   // By columns a thread reads what it wrote in the linear before.
   const int begin = part.first_of(f.groups());
@@ -143,6 +143,9 @@ void Program::execute(const op::Quantise& o, int, int, const Part& part) {
     if (resting(o.threshold) > 0.f) kernels_.zero_within(row(o.x, r, part) + begin * width, (end - begin) * width, o.threshold);
     kernels_.quantise(row(o.x, r, part), f, activation_row(o.out, r, part), begin, end);
   });
+  if (!o.recorded || record_.inputs == nullptr || begin == end) return;
+  const int bytes = (f.in_features + 7) / 8;
+  record_bits(input_bits(), o.x, f.in_features, 0.f, index, part, std::min(begin * width / 8, bytes), end == f.groups() ? bytes : end * width / 8);
 }
 
 void Program::execute(const op::Linear& o, int index, int thread, const Part& part) {
@@ -169,7 +172,7 @@ void Program::execute(const op::Linear& o, int index, int thread, const Part& pa
   (w.layout == Layout::tiles ? kernels_.linear : kernels_.sparse_linear)(task, begin, end, scratch_[thread].linear.data());
   if (o.gates >= 0 && record_.neurons != nullptr) {
     const int bytes = w.out_features / 8;
-    record_neurons(o.out, w.out_features, 0.f, index, part, std::min(begin * lanes / 8, bytes), std::min(end * lanes / 8, bytes));
+    record_bits(neuron_bits(), o.out, w.out_features, 0.f, index, part, std::min(begin * lanes / 8, bytes), std::min(end * lanes / 8, bytes));
   }
   for (int r = part.begin; o.first_bias >= 0 && r < part.end; ++r) {
     if (position(index, r) != 0) continue;
@@ -228,6 +231,11 @@ void Program::execute(const op::AboveThreshold& o, int, int, const Part& part) {
   for (int r = part.begin; r < part.end; ++r) kernels_.above_threshold(row(o.x, r, part), buffers_[o.x].width, o.quantile);
 }
 
+void Program::execute(const op::KeepLargest& o, int, int thread, const Part& part) {
+  auto* scratch = scratch_[thread].row.as<float>();
+  for (int r = part.begin; r < part.end; ++r) kernels_.keep_largest(row(o.x, r, part), buffers_[o.x].width, o.count, o.activation, scratch);
+}
+
 void Program::execute(const op::Neurons& o, int, int thread, const Part& part) {
   const PackedNeurons& w = *neurons_[o.neurons];
   const int blocks = (w.count + lanes - 1) / lanes;
@@ -243,15 +251,16 @@ void Program::execute(const op::Spread& o, int index, int, const Part& part) {
                         row(o.out, part.begin, part), buffers_[o.out].stride};
   kernels_.spread(task, part.first_of(blocks) * lanes, part.end_of(blocks) * lanes);
   const int bytes = (w.count + 7) / 8;
-  if (record_.neurons != nullptr) record_neurons(o.x, w.count, resting(o.threshold), index, part, part.first_of(bytes), part.end_of(bytes));
+  if (record_.neurons == nullptr) return;
+  record_bits(neuron_bits(), o.x, w.count, resting(o.threshold), index, part, part.first_of(bytes), part.end_of(bytes));
 }
 
 // Of the bytes [begin, end) of bits: those whose values are beyond the threshold, as the kernel asks of each, too; a value that
 // is no number is.
-void Program::record_neurons(int buffer, int count, float threshold, int index, const Part& part, int begin, int end) const {
+void Program::record_bits(const Bits& to, int buffer, int count, float threshold, int index, const Part& part, int begin, int end) const {
   for (int r = part.begin; r < part.end; ++r) {
     const size_t token = row_kind_[index] == 1 ? step_.logit_rows[r] : r;
-    uint8_t* out = record_.neurons + (token * num_networks_ + record_place_[index]) * record_.neuron_bytes;
+    uint8_t* out = to.first + (token * to.places + record_place_[index]) * to.bytes;
     const float* values = row(buffer, r, part);
     for (int b = begin; b < end; ++b) {
       unsigned bits = 0;  // without a branch for each of them

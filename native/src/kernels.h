@@ -187,6 +187,8 @@ struct Kernels {
   void (*soft_cap)(float* x, int width, float cap);
   // A row's values less its mean and `quantile` standard deviations, zero where that is negative.
   void (*above_threshold)(float* x, int width, float quantile);
+  // scratch: the width, rounded up to lanes.
+  void (*keep_largest)(float* x, int width, int count, Activation, float* scratch);
   // Values that are not beyond the threshold become zero.
   void (*zero_within)(float* x, int width, float threshold);
   void (*rope)(const RopeTask&);

@@ -208,6 +208,11 @@ void Program::finish(int logits_buffer) {
               use(buffer_kind, o.x);
               require(std::isfinite(o.quantile), "above threshold: the quantile must be finite");
             },
+            [&](const op::KeepLargest& o) {
+              use(buffer_kind, o.x);
+              require(o.count >= 0, "keep largest: the number of values must be at least 0");
+              widest = std::max(widest, width(o.x));
+            },
             [&](const op::Neurons& o) {
               use(buffer_kind, o.x);
               use(buffer_kind, o.gates);
@@ -326,6 +331,10 @@ void Program::finish(int logits_buffer) {
       record_place_[i] = num_networks_++;
       most_neurons_ = std::max(most_neurons_, spread != nullptr ? neurons_[spread->neurons]->count : weights_[linear->weights]->out_features);
     }
+    if (const auto* quantise = std::get_if<op::Quantise>(&operations_[i]); quantise != nullptr && quantise->recorded) {
+      record_place_[i] = num_inputs_++;
+      most_inputs_ = std::max(most_inputs_, activations_[quantise->out].format.in_features);
+    }
   }
   next_ = std::make_unique<std::atomic<int>[]>(operations_.size() + 1);
 }
@@ -366,6 +375,7 @@ void Program::find_runs() {
                    [&](const op::Mix& o) { reads(o.x), reads(o.first), writes(o.out); },
                    [&](const op::SoftCap& o) { reads(o.x); },
                    [&](const op::AboveThreshold& o) { reads(o.x); },
+                   [&](const op::KeepLargest& o) { reads(o.x); },
                    [&](const op::Neurons& o) { reads(o.x), reads(o.gates); },
                    [&](const op::Spread& o) { reads(o.x), reads(o.out); },
                    [&](const op::Gather& o) { leaves_run(o.x), leaves_run(o.out), alone = true; },
@@ -441,6 +451,7 @@ void Program::check(const Step& step, const Record& record) const {
     require(step.logit_rows[i] >= 0 && step.logit_rows[i] < step.num_tokens, "a logit row is outside the step");
   }
   require(record.neurons == nullptr || most_neurons_ <= static_cast<int64_t>(8 * record.neuron_bytes), "a record of neurons has too few of them");
+  require(record.inputs == nullptr || most_inputs_ <= static_cast<int64_t>(8 * record.input_bytes), "a record of inputs has too few of them");
 }
 
 }  // namespace fallow

@@ -52,6 +52,7 @@ struct NormQuantise {  // the same, straight into activations
 struct Quantise {  // what is not beyond the threshold becomes zero before
   int x, out;
   float threshold = 0.f;
+  bool recorded = false;
 };
 struct Linear {
   int activations, weights, bias, out, column;  // bias: vector or -1
@@ -91,6 +92,10 @@ struct AboveThreshold {  // x = max(x - mean - quantile * standard deviation, 0)
   int x;
   float quantile;
 };
+struct KeepLargest {  // x = 0 for all but the values whose activations are the largest of the row
+  int x, count;
+  Activation activation;
+};
 struct Neurons {  // gates become neurons: activation(gate) * (up row . x) where the first is beyond the threshold, else 0
   int x, gates, neurons;
   Activation activation;
@@ -119,7 +124,7 @@ struct Rescore {  // the logits of these, exactly
 }  // namespace op
 
 using Operation = std::variant<op::Embed, op::Norm, op::NormQuantise, op::Quantise, op::Linear, op::Rope, op::Attention,
-                               op::Add, op::Gate, op::Mix, op::SoftCap, op::AboveThreshold, op::Neurons, op::Spread, op::Gather, op::Screen,
+                               op::Add, op::Gate, op::Mix, op::SoftCap, op::AboveThreshold, op::KeepLargest, op::Neurons, op::Spread, op::Gather, op::Screen,
                                op::Shortlist, op::Rescore>;
 
 struct Limits {
@@ -150,8 +155,9 @@ struct Step {
 struct Record {
   uint8_t* pages = nullptr;    // [tokens][attentions that choose][kv heads][page_bytes], a bit a page that the query reads
   uint8_t* neurons = nullptr;  // [tokens][networks][neuron_bytes], a bit a neuron at work; after the gather of logit rows alone
+  uint8_t* inputs = nullptr;   // [tokens][activations that are recorded][input_bytes], a bit a value that is not zero; as neurons
   int32_t* tiles = nullptr;    // [logit rows], how many tiles of the head were computed exactly
-  size_t page_bytes = 0, neuron_bytes = 0;
+  size_t page_bytes = 0, neuron_bytes = 0, input_bytes = 0;
 };
 
 class Program {
@@ -176,9 +182,10 @@ class Program {
   void check(const Step& step, const Record& record = {}) const;
   // Then samples where `sample` is given (its logits are set here).
   void run(const Step& step, SampleArgs* sample, const Record& record = {});
-  // Operations that write to a record, of either kind.
+  // Operations that write to a record, of each kind.
   int num_choices() const { return num_choices_; }
   int num_networks() const { return num_networks_; }
+  int num_inputs() const { return num_inputs_; }
   // Of targets[i] under the logits of row i of the last run.
   void log_probabilities(const int32_t* targets, int count, float* out);
 
@@ -263,9 +270,18 @@ class Program {
   void execute(const op::Mix&, int index, int thread, const Part&);
   void execute(const op::SoftCap&, int index, int thread, const Part&);
   void execute(const op::AboveThreshold&, int index, int thread, const Part&);
+  void execute(const op::KeepLargest&, int index, int thread, const Part&);
   void execute(const op::Neurons&, int index, int thread, const Part&);
   void execute(const op::Spread&, int index, int thread, const Part&);
-  void record_neurons(int buffer, int count, float threshold, int index, const Part&, int begin, int end) const;
+  // Where the bits of a record go: of each token `places` times `bytes`.
+  struct Bits {
+    uint8_t* first;
+    int places;
+    size_t bytes;
+  };
+  Bits neuron_bits() const { return {record_.neurons, num_networks_, record_.neuron_bytes}; }
+  Bits input_bits() const { return {record_.inputs, num_inputs_, record_.input_bytes}; }
+  void record_bits(const Bits&, int buffer, int count, float threshold, int index, const Part&, int begin, int end) const;
   void execute(const op::Gather&, int index, int thread, const Part&);
   void execute(const op::Screen&, int index, int thread, const Part&);
   void execute(const op::Shortlist&, int index, int thread, const Part&);
@@ -382,7 +398,7 @@ class Program {
   std::vector<Ahead> ahead_;
   std::vector<int> next_linear_;  // of each operation: the weights of the linear after it, or -1
   std::vector<int> record_place_;  // of each operation: its place in a record, among those of its kind
-  int num_choices_ = 0, num_networks_ = 0, most_neurons_ = 0;
+  int num_choices_ = 0, num_networks_ = 0, most_neurons_ = 0, num_inputs_ = 0, most_inputs_ = 0;
   int logits_ = -1;
   Memory pool_memory_;
   bool chooses_pages_ = false;

@@ -69,10 +69,11 @@ def inputs(threshold: float, *targets: str) -> tuple[LayerRule, ...]:
     "plan",
     [
         SparsityPlan(ffn=(LayerRule("threshold", parameters={"threshold": 0.1}),)),
+        SparsityPlan(ffn=(LayerRule("top_k", parameters={"k": 500}),)),
         SparsityPlan(input=inputs(0.1, "o_proj")),
         SparsityPlan(ffn=(LayerRule("threshold", 3, parameters={"threshold": 0.2}),), input=inputs(0.1, "down_proj")),
     ],
-    ids=["neurons", "inputs of o_proj", "neurons and inputs of down_proj"],
+    ids=["neurons", "so many neurons", "inputs of o_proj", "neurons and inputs of down_proj"],
 )
 def test_the_reference_and_the_engine_let_the_same_values_rest(smollm2_gguf: Path, plan: SparsityPlan) -> None:
     engine, dense = divergences(smollm2_gguf, plan, count=200, first=20)
@@ -85,7 +86,9 @@ def test_a_plan_that_lets_nothing_rest_gives_the_dense_bits(smollm2_gguf: Path) 
     tokens = np.random.default_rng(4).integers(3, 49000, 60).astype(np.int32)
     dense = logits(smollm2_gguf, tokens, None)
     zeros = (LayerRule("threshold", parameters={"threshold": 0}),)
-    for plan in (SparsityPlan(ffn=zeros), SparsityPlan(ffn=zeros, input=inputs(0, "o_proj", "down_proj"))):
+    every = (LayerRule("top_k", parameters={"k": 1536}),)
+    of_inputs = inputs(0, "o_proj", "down_proj")
+    for plan in (SparsityPlan(ffn=zeros), SparsityPlan(ffn=zeros, input=of_inputs), SparsityPlan(ffn=every)):
         for chunk in (512, 7, 1):
             assert np.array_equal(logits(smollm2_gguf, tokens, plan, chunk), dense)
 

@@ -43,7 +43,7 @@ def source_tokens(model: Path, count: int) -> np.ndarray:
 def assert_same(one: Trace, other: Trace) -> None:
     for name in ("tokens", "chosen"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-    for name, part in (("pages", "packed"), ("neurons", "packed"), ("head", "tiles")):
+    for name, part in (("pages", "packed"), ("neurons", "packed"), ("inputs", "packed"), ("head", "tiles")):
         found, expected = getattr(one, name), getattr(other, name)
         assert (found is None) == (expected is None)
         if found is not None:
@@ -125,6 +125,42 @@ def test_the_neurons_that_work_in_the_reference(variant: str, threshold: float, 
     np.testing.assert_array_equal(trace.neurons.unpacked(slice(7, 9)), found[7:9])
 
 
+def test_the_inputs_that_work_in_the_reference(tmp_path: Path) -> None:
+    thresholds = {"o_proj": 0.4, "down_proj": 0.5}
+    rules = [
+        LayerRule("threshold", layer, name, {"threshold": t}) for layer in (0, 2) for name, t in thresholds.items()
+    ]
+    plan = SparsityPlan(input=(*rules, LayerRule("threshold", 1, "down_proj", {"threshold": 0.5})))
+    document = SIZES | VARIANTS["swiglu"]
+    decoder = random_decoder(document)
+    tokens = random_tokens(200)
+    runner = ModelRunner(open_checkpoint(save(decoder, document, tmp_path)), num_pages=8, threads=2, plan=plan)
+    trace = runner.trace(tokens, sampling=greedy(200))
+    runner.close()
+    assert trace.neurons is None
+    assert trace.inputs is not None
+    decoder.obey(plan)
+    for name, layers in (("o_proj", (0, 2)), ("down_proj", (0, 1, 2))):
+        expected: list[np.ndarray] = []
+        hooks = [
+            getattr(decoder.layers[layer], name).register_forward_pre_hook(
+                lambda module, arguments, expected=expected: expected.append(arguments[0][0].numpy() != 0)
+            )
+            for layer in layers
+        ]
+        with torch.no_grad():
+            decoder(torch.from_numpy(tokens)[None])
+        for hook in hooks:
+            hook.remove()
+        worked, at_work = trace.inputs.of(name), np.stack(expected, 1)
+        assert worked.layers == layers
+        found = worked.unpacked()
+        assert found.shape == at_work.shape
+        assert 0.2 < at_work.mean() < 0.9
+        assert (found != at_work).mean() < 0.02  # rounding around the threshold
+        assert (np.roll(found, 1, axis=0) != at_work).mean() > 0.2
+
+
 def test_the_tiles_of_the_head_that_a_step_computes(tiny_checkpoints: dict[str, Path]) -> None:
     model = Model(tiny_checkpoints["llama"])
     runner = model.runner(screened(32))
@@ -156,12 +192,14 @@ def test_the_tiles_of_the_head_that_a_step_computes(tiny_checkpoints: dict[str, 
 
 @pytest.fixture(scope="module")
 def all_axes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SparsityPlan, Model]:
-    """A tiny model whose pages, neurons and words rest."""
+    """A tiny model whose pages, neurons, inputs and words rest."""
     document = SIZES | VARIANTS["reglu"] | {"hidden_size": 64}
     model = Model(save(random_decoder(document), document, tmp_path_factory.mktemp("all-axes")))
     pages = LayerRule("top_pages", parameters={"sink_pages": 1, "recent_pages": 1, "top_pages": 2})
     attention = (replace(pages, layer=1), replace(pages, layer=2))
-    return model.checkpoint.path, SparsityPlan(attention=attention, ffn=ZEROS.ffn, head=screened(32).head), model
+    inputs = (LayerRule("threshold", 1, "o_proj", {"threshold": 0.3}),)
+    plan = SparsityPlan(attention=attention, ffn=ZEROS.ffn, input=inputs, head=screened(32).head)
+    return model.checkpoint.path, plan, model
 
 
 def test_no_result_depends_on_how_it_is_cut_or_traced(all_axes: tuple[Path, SparsityPlan, Model]) -> None:
@@ -188,6 +226,11 @@ def test_no_result_depends_on_how_it_is_cut_or_traced(all_axes: tuple[Path, Spar
     assert not first.neurons.counts[: first.first_choice, 2].any()
     assert (first.neurons.counts[first.first_choice :, 2] > 0).all()
     assert (first.neurons.counts[:, :2] > 0).all()
+    assert first.inputs is not None
+    attended = first.inputs.of("o_proj")
+    assert attended.layers == (1,)
+    assert 0.2 < attended.counts.mean() / attended.size < 0.95
+    assert first.inputs.of("down_proj").layers == ()
     for threads, chunk in [(1, 1), (2, 1), (2, 5), (3, 17), (2, 64), (2, 300), (3, 200)]:
         assert_same(traced(threads, chunk), first)
 
@@ -294,7 +337,7 @@ def test_what_cannot_be_traced_is_refused(all_axes: tuple[Path, SparsityPlan, Mo
         runner.trace([1] * 257)
     runner.close()
     rests = [Resting(PageRule(1, 1, (2,) * 8), 0.0)] * 64
-    shape = TraceShape(rests, 8, 32, 16384, None)
+    shape = TraceShape(rests, 8, 32, 16384, [], None)
     assert MAX_TRACE_BYTES > 8100 * 64 * 16384 // 8  # pages make it more
     with pytest.raises(FallowError, match=r"8,100 .* 1\.1 GiB, more than the 1 GiB that one may: trace fewer tokens"):
         shape.empty(np.zeros(8100, np.int32), 8100)
@@ -330,6 +373,7 @@ def test_a_record_of_another_shape_is_refused(all_axes: tuple[Path, SparsityPlan
         )  # fmt: skip
 
     right = {"pages_read": (count, 2, 2, 2), "neurons_at_work": (count, 3, 20), "tiles_computed": (2,)}
+    right["inputs_at_work"] = (count, 1, model.checkpoint.tensors["layers.1.o_proj"].shape[1] // 8)
     types = {"tiles_computed": np.int32}
     step(**{name: np.zeros(shape, types.get(name, np.uint8)) for name, shape in right.items()})
     for name, shape in right.items():

@@ -175,9 +175,17 @@ def test_neurons_that_are_zero_rest(variant: str, precision: Precision, isa: str
     assert "by neuron" in runner.precision_report["layers.0.down_proj"]
 
 
-@pytest.mark.parametrize(("variant", "threshold"), [("swiglu", 0.4), ("geglu", 0.4), ("reglu", 0.4), ("relu2", 1.5)])
-def test_neurons_below_a_threshold_rest_in_the_decoder_too(variant: str, threshold: float, tmp_path: Path) -> None:
-    plan = SparsityPlan(ffn=(LayerRule("threshold", parameters={"threshold": threshold}),))
+SMALL = {
+    "threshold": {"swiglu": 0.4, "geglu": 0.4, "reglu": 0.4, "relu2": 1.5},
+    "top_k": {"swiglu": 60, "geglu": 60, "reglu": 60, "relu2": 20},
+}
+
+
+@pytest.mark.parametrize("rule", SMALL)
+@pytest.mark.parametrize("variant", ["swiglu", "geglu", "reglu", "relu2"])
+def test_neurons_that_are_small_rest_in_the_decoder_too(variant: str, rule: str, tmp_path: Path) -> None:
+    name = "k" if rule == "top_k" else rule
+    plan = SparsityPlan(ffn=(LayerRule(rule, parameters={name: SMALL[rule][variant]}),))
     document = SIZES | VARIANTS[variant]
     decoder = random_decoder(document)
     tokens = random_tokens(200)
@@ -186,11 +194,16 @@ def test_neurons_below_a_threshold_rest_in_the_decoder_too(variant: str, thresho
     decoder.obey(plan)
     expected = logits_of(decoder, tokens)
     result = ModelRunner(checkpoint, precision="bf16", num_pages=8, threads=2, plan=plan).logits(tokens)
-    assert error(result, expected) < TOLERANCES["bf16"]
-    assert error(dense, expected) > 2 * TOLERANCES["bf16"]
+    # Of gates of nearly the same size rounding may leave another one: such a token is wrong by more than it.
+    errors = [np.median([error(*rows) for rows in zip(x, expected, strict=True)]) for x in (result, dense)]
+    assert errors[0] < TOLERANCES["bf16"]
+    assert errors[1] > 2 * TOLERANCES["bf16"]
 
 
-@pytest.mark.parametrize("plan", [None, ZEROS], ids=["dense", "zeros"])
+SOME = SparsityPlan(ffn=(LayerRule("top_k", parameters={"k": 30}),))
+
+
+@pytest.mark.parametrize("plan", [None, ZEROS, SOME], ids=["dense", "zeros", "so many"])
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("variant", ["reglu", "top_k", "all", "all_tied"])
 def test_the_same_bits_with_any_number_of_threads_and_rows(

@@ -81,7 +81,8 @@ ZEROS = LayerRule("zeros")
         ([ZEROS, LayerRule("zeros", 1)], {"hidden_act": "relu"}, "two rules for the neurons of layer 1"),
         ([LayerRule("zeros", 99)], {"hidden_act": "relu"}, "layer 99, but the model has"),
         ([LayerRule("zeros", 0, "up_proj")], {"hidden_act": "relu"}, "target 'up_proj'"),
-        ([LayerRule("top_k", 0, parameters={"k": 5})], {}, "top_k"),
+        ([LayerRule("top_k", 0, parameters={"k": 1.5})], {}, "k of layer 0 is 1.5"),
+        ([LayerRule("top_k", 1, parameters={"k": 5}), LayerRule("top_k", parameters={"k": 5})], {}, "two rules for"),
         ([ZEROS], {"hidden_act": "relu", "mlp_bias": True}, "biases"),
         ([ZEROS], {"hidden_act": "relu", "post_norms": True}, "a norm after them"),
         ([ZEROS], {"hidden_act": "relu", "hidden_size": 72}, "hidden size is 72, which must be a multiple of 16"),
@@ -94,6 +95,13 @@ def test_neurons_that_cannot_rest_are_a_sentence(
         resting(SparsityPlan(ffn=tuple(rules)), replace(config, **changes))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_so_many_neurons_work(config: ModelConfig) -> None:
+    rules = LayerRule("top_k", 1, parameters={"k": 5}), LayerRule("threshold", 0, parameters={"threshold": 0.5})
+    found = resting(SparsityPlan(ffn=rules), config)
+    assert found[:2] == [Resting(neurons=0.5), Resting(neurons=0.0, most_neurons=5)]
+    assert all(layer == Resting() for layer in found[2:])
 
 
 def screen(rank: float = 16, candidates: float = 64, **place: Any) -> LayerRule:

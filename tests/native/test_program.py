@@ -138,6 +138,48 @@ def test_what_lies_above_a_rows_threshold(isa: str, width: int, quantile: float)
         assert (results[0] > 0).mean() == pytest.approx(1 - NormalDist().cdf(quantile), abs=0.02)
 
 
+ACTIVATIONS = {
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 100, 577])
+def test_the_largest_of_a_row(isa: str, activation: str, width: int) -> None:
+    rng = np.random.default_rng(width)
+    table, values = random_table(rng, width)
+    tokens = rng.integers(0, VOCABULARY, 250).astype(np.int32)
+    for count in {0, 1, width // 3, width - 1, width, width + 5}:
+        wide = values[tokens]
+        sizes = np.abs(ACTIVATIONS[activation](wide.astype(np.float64)))
+        ranked = np.sort(sizes, axis=1)[:, ::-1]
+        least = ranked[:, count : count + 1] if count < width else np.full((250, 1), -1.0)
+        expected = np.where(sizes <= least, 0, wide)
+        sure = np.abs(sizes - least) > 1e-6 if count < width else np.full(wide.shape, True)
+        results = []
+        for threads, rows in [(1, 250), (1, 1), (3, 19), (2, 250)]:
+            program = new_program(isa, threads)
+            x = program.buffer(width)
+            program.embed(program.weights([table], width), x)
+            program.keep_largest(x, count, activation=activation)
+            results.append(run(program, tokens[:rows], x, width))
+            assert ((results[-1] == expected[:rows].astype(np.float32)) | ~sure[:rows]).all()
+            assert np.array_equal(results[-1], results[0][:rows])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_equals_of_the_last_that_is_kept_go_with_it(isa: str) -> None:
+    x = np.array([[3.0, -2.0, 2.0, 1.0, 0.0, 5.0, 2.0]], np.float32)
+    for count, kept in ((1, [5]), (2, [3, 5]), (3, [3, 5]), (4, [3, 2, 5, 2]), (6, [3, 2, 1, 5, 2])):
+        found = _native.kernels.keep_largest(isa, x, count, activation="relu")[0]
+        assert found[found != 0].tolist() == kept
+    x[0, 2] = np.nan
+    assert np.isnan(_native.kernels.keep_largest(isa, x, 2, activation="relu")[0, 2])
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_what_is_no_number_stays_so(isa: str) -> None:
     x = np.array([[np.inf, -np.inf, 1e30, -1e30, 0.0, np.nan]], np.float32)
@@ -171,6 +213,7 @@ def test_operations_that_do_not_fit_are_refused() -> None:
     refused("mix: buffers differ", lambda p, w, x, wider: p.mix(wider, wider, x, keep=1.0, again=1.0))
     for cap in (0.0, -1.0, float("nan"), float("inf")):
         refused("the cap must be positive", lambda p, w, x, wider, cap=cap: p.soft_cap(x, cap))
+    refused("values must be at least 0", lambda p, w, x, wider: p.keep_largest(x, -1, activation="relu"))
     refused("the quantile must be finite", lambda p, w, x, wider: p.above_threshold(x, float("nan")))
     program = new_program(ISAS[0])
     x = program.buffer(16)

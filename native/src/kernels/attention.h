@@ -168,10 +168,23 @@ inline unsigned chosen_pages(const AttentionTask& task, int segment, int row) {
   return task.chosen == nullptr ? 0xffu : task.chosen[row * task.chosen_stride + segment];
 }
 
-// Those of [begin, end) that one of the rows [first_row, last_row] has chosen.
-inline PageList list_pages(const AttentionTask& task, int segment, int begin, int end, int first_row, int last_row) {
-  unsigned wanted = 0;
-  for (int row = first_row; row <= last_row; ++row) wanted |= chosen_pages(task, segment, row);
+// How many queries from `first` on are computed together: of rows that have chosen the same pages, so that none computes
+// what it does not read; the queries of a row that are too many by parts of nearly the same size.
+inline int queries_together(const AttentionTask& task, int segment, int first, int group, int most) {
+  int left = task.rows * group - first;
+  if (task.chosen != nullptr) {
+    const int row = first / group;
+    int end = row + 1;
+    while (end < task.rows && (end + 1 - row) * group <= most && chosen_pages(task, segment, end) == chosen_pages(task, segment, row)) ++end;
+    left = end * group - first;
+  }
+  const int steps = (left + most - 1) / most;
+  return (left + steps - 1) / steps;
+}
+
+// Those of [begin, end) that a row has chosen.
+inline PageList list_pages(const AttentionTask& task, int segment, int begin, int end, int row) {
+  const unsigned wanted = chosen_pages(task, segment, row);
   PageList pages;
   for (int page = begin; page < end; ++page) {
     if ((wanted >> page & 1) == 0) continue;
@@ -195,11 +208,8 @@ void attention(const AttentionTask& task, int segment, Partial* partials, float*
   const int begin = visible(task, segment, 0).low / page_size;
   const int end = (filled + page_size - 1) / page_size;
   PageList pages;
-  if (task.chosen == nullptr) pages = list_pages(task, segment, begin, end, 0, task.rows - 1);
   for (int first = 0; first < queries;) {
-    const int left = queries - first;
-    const int steps = (left + S::max_rows - 1) / S::max_rows;
-    const int take = (left + steps - 1) / steps;
+    const int take = queries_together(task, segment, first, group, S::max_rows);
     const uint16_t* q[8];
     Sight see[8];
     for (int m = 0; m < take; ++m) {
@@ -208,7 +218,7 @@ void attention(const AttentionTask& task, int segment, Partial* partials, float*
       q[m] = task.queries + row * task.query_stride + static_cast<size_t>(head) * padded_dim;
       see[m] = {visible(task, segment, row), chosen_pages(task, segment, row)};
     }
-    if (task.chosen != nullptr) pages = list_pages(task, segment, begin, end, first / group, (first + take - 1) / group);
+    if (first == 0 || task.chosen != nullptr) pages = list_pages(task, segment, begin, end, first / group);
     Partial* partial = partials + first;
     float* value = values + static_cast<size_t>(first) * padded_dim;
     float* scores = scratch + static_cast<size_t>(first) * segment_tokens;

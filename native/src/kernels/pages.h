@@ -5,13 +5,13 @@
 // the pages with the most, summed over the heads of the group, are chosen.
 #pragma once
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "../bits.h"
 #include "../kernels.h"
 #include "../prefetch.h"
 #include "elementwise.h"
+#include "largest.h"
 #include "linear.h"
 
 namespace fallow::kernels {
@@ -31,26 +31,6 @@ void summarise(const KvLayout& layout, const uint16_t* keys, uint16_t* summary) 
     summary[2 * d] = float_to_bf16(mean);
     summary[2 * d + 1] = float_to_bf16(squares / page_size);
   }
-}
-
-// A number that `count` of n values, none negative, reach; more where several are equal to it.
-inline float largest(const float* values, int n, int count) {
-  // Bits of such floats are in the order of the floats: the answer is found one bit after the other.
-  uint32_t found = 0;
-  for (uint32_t bit = 1u << 30; bit != 0; bit >>= 1) {
-    const uint32_t at_least = found | bit;
-    int reached = 0;
-    for (int i = 0; i < n; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, values + i, 4);
-      reached += bits >= at_least;
-    }
-    if (reached >= count) found = at_least;
-    if (reached == count) break;
-  }
-  float result;
-  std::memcpy(&result, &found, 4);
-  return result;
 }
 
 // In place exp2(x) / sum, of n values, padded to whole vectors.

@@ -1,9 +1,11 @@
-// What of a row's values lies above a threshold that the row itself sets, or beyond one that is given.
+// What of a row's values lies above a threshold that the row itself sets, or beyond one that is given; the largest of them.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "../kernels.h"
 #include "elementwise.h"
+#include "largest.h"
 
 namespace fallow::kernels {
 
@@ -49,6 +51,28 @@ void above_threshold(float* x, int width, float quantile) {
 template <class S>
 void zero_within(float* x, int width, float threshold) {
   for (int i = 0; i < width; ++i) x[i] = std::fabs(x[i]) <= threshold ? 0.f : x[i];
+}
+
+// What is not among the `count` values whose activations are the largest in magnitude becomes zero; where the last of them
+// has equals that are not, so do all of these. scratch: the width, rounded up to lanes.
+template <class S>
+void keep_largest(float* x, int width, int count, Activation activation, float* scratch) {
+  if (count >= width) return;
+  float last[lanes] = {};
+  for (int i = 0; i < width; i += lanes) {
+    const bool whole = i + lanes <= width;
+    if (!whole) std::copy(x + i, x + width, last);
+    S::store(scratch + i, S::abs(activate<S>(S::load(whole ? x + i : last), activation)));
+  }
+  if (count == 0) {
+    std::fill(x, x + width, 0.f);
+    return;
+  }
+  const float least = largest(scratch, width, count);
+  const bool has_equals = std::count_if(scratch, scratch + width, [&](float v) { return !(v < least); }) > count;
+  for (int i = 0; i < width; ++i) {
+    if (scratch[i] < least || (has_equals && scratch[i] == least)) x[i] = 0.f;  // NaN stays NaN
+  }
 }
 
 }  // namespace fallow::kernels

@@ -30,7 +30,8 @@ TILE_ROWS = 16  # of a matrix are computed together
 
 @dataclass
 class ProgramBuilder:
-    """Packs tensors into a native program and remembers what became of each.
+    """Packs tensors into a native program and remembers what became of each, and of which linear layers the inputs may
+    rest: ``inputs`` are layers, names and widths in the order of the program.
 
     ``precision``: ``auto`` keeps blocks as they are in the file and rounds floats to bf16; ``q8`` makes 8-bit groups of
     32, from the smallest to the largest value, of all but Q8_0; ``q4`` makes 4-bit groups of 32 (Q4_1) of floats, and
@@ -44,6 +45,7 @@ class ProgramBuilder:
     screen: ScreenRule | None = None
     head_screen: HeadScreen | None = None
     report: dict[str, str] = field(default_factory=dict)
+    inputs: list[tuple[int, str, int]] = field(default_factory=list)
 
     def vector(self, name: str) -> int:
         tensor = self.checkpoint.tensors.get(name)
@@ -276,7 +278,7 @@ class DecoderProgram:
         parts = [name + part for part in ("gate_proj", "up_proj", "down_proj")]
         lie_by_rows = self._config.gated_mlp and self._config.intermediate_size % TILE_ROWS == 0
         if threshold is not None and lie_by_rows and self._builder.keeps_4_bits(parts):
-            self._rows_at_work(name, threshold)
+            self._rows_at_work(layer, threshold)
         elif threshold is not None:
             self._neurons_at_work(layer, threshold)
             return
@@ -313,10 +315,18 @@ class DecoderProgram:
             self._gate_up = (self._program.buffer(width), self._program.buffer(width))
         return self._gate_up
 
-    def _rows_at_work(self, name: str, threshold: float) -> None:
+    def _keep_largest(self, x: int, layer: int) -> None:
+        """Of gates, or of the values of neurons without gates, where a plan says how many work at most."""
+        most = self._builder.rests[layer].most_neurons
+        if most is not None and most < self._config.intermediate_size:
+            activation = self._config.hidden_act if self._config.gated_mlp else "relu"  # values of ReLU² stay
+            self._program.keep_largest(x, most, activation=activation)
+
+    def _rows_at_work(self, layer: int, threshold: float) -> None:
         """The gates of all neurons, then the rows of the up projection whose activated gates are beyond the threshold:
         what the dense network computes, with zeros for the others."""
         config, program, builder = self._config, self._program, self._builder
+        name = f"layers.{layer}."
         gates, _ = self._gates_and_ups()
         gate, up = name + "gate_proj", name + "up_proj"
         matrices = [builder.weights([gate]), builder.weights([up], layout="rows")]
@@ -324,6 +334,7 @@ class DecoderProgram:
         program.linear(inputs[0], matrices[0], gates, bias=self._bias([gate]))
         if config.gate_quantile is not None:
             program.above_threshold(gates, config.gate_quantile)
+        self._keep_largest(gates, layer)
         program.linear(
             inputs[1],
             matrices[1],
@@ -341,7 +352,8 @@ class DecoderProgram:
         resting_input = builder.rests[layer].inputs.get("down_proj", 0.0)
         gated = config.gated_mlp
         gate, up = (name + "gate_proj", name + "up_proj") if gated else (None, None)
-        rounded = gate is not None and self._rounds_gates and builder.keeps_floats([gate])
+        rounds = self._rounds_gates and builder.rests[layer].most_neurons is None
+        rounded = gate is not None and rounds and builder.keeps_floats([gate])
         weights = builder.weights([gate or name + "up_proj"], rounded=rounded)
         neurons = builder.neurons(up, name + "down_proj", gate=gate if rounded else None)
         activations = self._activation(weights)
@@ -349,11 +361,13 @@ class DecoderProgram:
         program.norm_quantise(self._x, builder.vector(name + "ffn_norm"), [activations], config.rms_norm_eps, kept=kept)
         if not gated:
             program.linear(activations, weights, self._inner, epilogue=config.hidden_act)
+            self._keep_largest(self._inner, layer)
             program.spread(self._inner, neurons, self._x, threshold=max(threshold, resting_input))
             return
         program.linear(activations, weights, self._inner)
         if config.gate_quantile is not None:
             program.above_threshold(self._inner, config.gate_quantile)
+        self._keep_largest(self._inner, layer)
         program.neurons(kept, self._inner, neurons, activation=config.hidden_act, threshold=threshold)
         program.spread(self._inner, neurons, self._x, threshold=resting_input)
 
@@ -378,7 +392,9 @@ class DecoderProgram:
         by_columns = threshold is not None and builder.keeps_4_bits([name])
         weights = builder.weights([name], layout="columns" if by_columns else "tiles")
         activations = self._activation(weights)
-        program.quantise(x, activations, threshold=threshold or 0.0)
+        if part in rests.inputs:
+            builder.inputs.append((layer, part, builder.checkpoint.tensors[name].shape[1]))
+        program.quantise(x, activations, threshold=threshold or 0.0, recorded=part in rests.inputs)
         if not config.post_norms:
             program.linear(activations, weights, self._x, bias=self._bias([name]), epilogue="add")
             return

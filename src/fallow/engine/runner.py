@@ -95,7 +95,7 @@ class ModelRunner:
             raise ModelFileError(f"{checkpoint.path} cannot be run: {error or 'not enough memory'}.") from error
         tiles = None if rule is None else -(-config.vocab_size // TILE_ROWS)
         self._trace_shape = TraceShape(
-            rests, config.num_key_value_heads, self.page_size, config.intermediate_size, tiles
+            rests, config.num_key_value_heads, self.page_size, config.intermediate_size, builder.inputs, tiles
         )
         self.precision = precision
         self.precision_report = builder.report
@@ -196,6 +196,7 @@ class ModelRunner:
                 sampling[choices].view(np.uint8).reshape(-1, SAMPLING_DTYPE.itemsize),
                 pages_read=None if trace.pages is None else trace.pages.packed[part],
                 neurons_at_work=None if trace.neurons is None else trace.neurons.packed[part],
+                inputs_at_work=None if trace.inputs is None else trace.inputs.packed[part],
                 tiles_computed=None if trace.head is None else trace.head.tiles[choices],
             )
             trace.chosen[choices] = chosen

@@ -48,6 +48,22 @@ class Worked:
 
 
 @dataclass(frozen=True)
+class InputWork:
+    """Which inputs of linear layers worked: ``places`` are layers, names and widths, ``packed`` uint8 ``[T, places,
+    bytes]`` as that of ``Worked``, with bits for the widest."""
+
+    places: tuple[tuple[int, str, int], ...]
+    packed: Bytes
+
+    def of(self, linear: str) -> Worked:
+        """Those of the linear layers of this name; without layers where there are none."""
+        found = [place for place, (_, name, _) in enumerate(self.places) if name == linear]
+        width = max((self.places[place][2] for place in found), default=0)
+        layers = tuple(self.places[place][0] for place in found)
+        return Worked(layers, np.ascontiguousarray(self.packed[:, found, : -(-width // 8)]), width)
+
+
+@dataclass(frozen=True)
 class HeadWork:
     """For each choice of a token how many ``tiles`` of the head (16 words each, of ``size`` in all) were computed
     exactly, int32 ``[C]``."""
@@ -70,13 +86,15 @@ class Trace:
     ``pages``: the pages of the KV cache that a token's query read, ``[T, layers, kv_heads, pages]``; to the token at
     position ``p`` there are ``p // 32 + 1`` of them. ``neurons``: those of feed-forward networks, ``[T, layers,
     intermediate]``; in the model's last layer only tokens have any after which there is a choice, since it computes
-    no others. ``head``: the vocabulary.
+    no others. ``inputs``: those of linear layers, as neurons; where a network's neurons lie one by one, its neurons
+    tell what goes into ``down_proj``. ``head``: the vocabulary.
     """
 
     tokens: Int32
     chosen: Int32
     pages: Worked | None = None
     neurons: Worked | None = None
+    inputs: InputWork | None = None
     head: HeadWork | None = None
 
     @property
@@ -87,12 +105,14 @@ class Trace:
 
 @dataclass(frozen=True)
 class TraceShape:
-    """What a trace of one model and plan is made of; ``tiles`` of the head, None where it is not screened."""
+    """What a trace of one model and plan is made of; ``inputs`` are those that ``InputWork`` has as places, ``tiles``
+    those of the head, None where it is not screened."""
 
     rests: Sequence[Resting]
     kv_heads: int
     page_size: int
     intermediate_size: int
+    inputs: Sequence[tuple[int, str, int]]
     tiles: int | None
 
     def empty(self, tokens: Int32, choices: int) -> Trace:
@@ -103,7 +123,9 @@ class TraceShape:
         most_pages = -(-count // self.page_size)
         page_bits = (count, len(pages), self.kv_heads, -(-most_pages // 8))
         neuron_bits = (count, len(neurons), -(-self.intermediate_size // 8))
-        size = math.prod(page_bits) + math.prod(neuron_bits)
+        widest = max((width for _, _, width in self.inputs), default=0)
+        input_bits = (count, len(self.inputs), -(-widest // 8))
+        size = math.prod(page_bits) + math.prod(neuron_bits) + math.prod(input_bits)
         if size > MAX_TRACE_BYTES:
             raise FallowError(
                 f"A trace of {count:,} tokens of this model would take {size / 2**30:.1f} GiB, more than the "
@@ -114,5 +136,6 @@ class TraceShape:
             np.zeros(choices, np.int32),
             Worked(pages, np.zeros(page_bits, np.uint8), most_pages) if pages else None,
             Worked(neurons, np.zeros(neuron_bits, np.uint8), self.intermediate_size) if neurons else None,
+            InputWork(tuple(self.inputs), np.zeros(input_bits, np.uint8)) if self.inputs else None,
             None if self.tiles is None else HeadWork(np.zeros(choices, np.int32), self.tiles),
         )

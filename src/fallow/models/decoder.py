@@ -101,7 +101,7 @@ class Layer(nn.Module):
         return self._at_work(self.activation(gate)) * up
 
     def _at_work(self, activated: Tensor) -> Tensor:
-        return _beyond(self.rests.neurons, activated)
+        return _largest(self.rests.most_neurons, _beyond(self.rests.neurons, activated))
 
     def _resting(self, linear: str, x: Tensor) -> Tensor:
         """The input of a linear layer without what rests of it."""
@@ -136,6 +136,15 @@ class Layer(nn.Module):
 def _beyond(threshold: float | None, x: Tensor) -> Tensor:
     """``x`` with zeros for what is not beyond the threshold."""
     return x if not threshold else torch.where(x.abs() <= threshold, 0, x)
+
+
+def _largest(count: int | None, x: Tensor) -> Tensor:
+    """``x`` with zeros for all but the ``count`` largest magnitudes of a row; where the last of these has equals that
+    are not among them, for it and them too."""
+    if count is None or count >= x.shape[-1]:
+        return x
+    sizes = x.abs()
+    return torch.where(sizes <= sizes.topk(count + 1, -1).values[..., -1:], 0, x)
 
 
 def _embedded(embeddings: nn.Embedding, tokens: Tensor) -> Tensor:

@@ -31,11 +31,13 @@ class PageRule:
 @dataclass(frozen=True)
 class Resting:
     """What rests in a layer. ``pages``: None where all are read. ``neurons``: those of the feed-forward network rest
-    whose activated gate (without a gate: whose value) is not beyond it; None where all work. ``inputs``: those of a
-    linear layer of this name rest that are not beyond its threshold."""
+    whose activated gate (without a gate: whose value) is not beyond it; None where all work. ``most_neurons``: of these
+    so many work, the largest. ``inputs``: those of a linear layer of this name rest that are not beyond its threshold.
+    """
 
     pages: PageRule | None = None
     neurons: float | None = None
+    most_neurons: int | None = None
     inputs: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -57,8 +59,8 @@ def resting(plan: SparsityPlan, config: ModelConfig) -> list[Resting]:
                 raise ModelFileError(
                     f"The plan has a rule for layer {rule.layer}, but the model has {config.num_hidden_layers} layers."
                 )
-    parts = _page_rules(plan, config), _neuron_thresholds(plan, config), _input_thresholds(plan, config)
-    return [Resting(*layer) for layer in zip(*parts, strict=True)]
+    parts = _page_rules(plan, config), _neuron_rules(plan, config), _input_thresholds(plan, config)
+    return [Resting(pages, *neurons, inputs) for pages, neurons, inputs in zip(*parts, strict=True)]
 
 
 def screen_rule(plan: SparsityPlan, config: ModelConfig) -> ScreenRule | None:
@@ -89,15 +91,18 @@ def _layers(rule: LayerRule, config: ModelConfig) -> range:
     return range(config.num_hidden_layers) if rule.layer is None else range(rule.layer, rule.layer + 1)
 
 
-def _neuron_thresholds(plan: SparsityPlan, config: ModelConfig) -> list[float | None]:
-    """A rule without a layer is for all layers. ``zeros``: what is zero rests; ``threshold``: what is not beyond it."""
-    found: list[float | None] = [None] * config.num_hidden_layers
+def _neuron_rules(plan: SparsityPlan, config: ModelConfig) -> list[tuple[float | None, int | None]]:
+    """Of each layer the threshold of neurons and how many work at most. A rule without a layer is for all layers.
+    ``zeros``: what is zero rests; ``threshold``: what is not beyond it; ``top_k``: all but the ``k`` largest, and where
+    the last of these has equals that are not among them, it and they too."""
+    found: list[tuple[float | None, int | None]] = [(None, None)] * config.num_hidden_layers
     for rule in plan.rules("ffn"):
         _check_neuron_rule(rule, config)
         for layer in _layers(rule, config):
-            if found[layer] is not None:
+            if found[layer] != (None, None):
                 raise ModelFileError(f"The plan has two rules for the neurons of layer {layer}.")
-            found[layer] = float(rule.parameters.get("threshold", 0.0))
+            most = _whole(layer, rule, "k") if rule.rule == "top_k" else None
+            found[layer] = float(rule.parameters.get("threshold", 0.0)), most
     return found
 
 
@@ -120,11 +125,6 @@ def _input_thresholds(plan: SparsityPlan, config: ModelConfig) -> list[dict[str,
 def _check_neuron_rule(rule: LayerRule, config: ModelConfig) -> None:
     if rule.target is not None:
         raise ModelFileError(f"The plan's axis ffn has the target {rule.target!r}: its rules have none.")
-    if rule.rule == "top_k":
-        raise FallowError(
-            "The plan's axis ffn has the rule top_k, which this version of fallow cannot run: use the model without "
-            "the plan."
-        )
     if rule.rule == "zeros" and config.hidden_act not in ("relu", "relu2") and config.gate_quantile is None:
         raise ModelFileError(
             f"The plan lets neurons rest that are zero, but the model's activation is {config.hidden_act}, which "
