@@ -83,7 +83,7 @@ def test_healed_to_the_end_or_stopped_and_called_again(healed, tiny_checkpoints,
     names = {file.name for file in start.iterdir()}
     assert {file.name for file in result.folder.iterdir()} == names | {"plan.json", "frontier.svg", "frontier.png"}
     whole, notes = healed(name="whole")
-    assert any("of the keys and values rest" in note for note in notes)
+    assert any("% of the keys and values. Perplexity" in note for note in notes)
     for name, tensor in open_checkpoint(whole.folder).tensors.items():
         np.testing.assert_array_equal(tensor.read(), after.tensors[name].read(), err_msg=name)
     assert whole.found == result.found

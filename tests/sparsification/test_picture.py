@@ -12,7 +12,7 @@ from PIL import Image
 
 from fallow.plan import SparsityPlan
 from fallow.sparsification.picture import PICTURES, draw
-from fallow.sparsification.run import Point
+from fallow.sparsification.search import Point
 
 SVG = "{http://www.w3.org/2000/svg}"
 DENSE = SparsityPlan.dense()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import random
 import typing
 from dataclasses import replace
@@ -33,10 +34,39 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+TASK = """\
+task: capitals
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "The capital of {{{{country}}}} is"
+doc_to_target: " {{{{capital}}}}"
+generation_kwargs: {{until: [".", ",", "\\n"], max_gen_toks: 4}}
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
 @pytest.fixture(scope="module")
-def result(smollm2_gguf: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> SparsifyResult:
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of three questions the model solves two: the last answer is wrong in the file."""
+    folder = tmp_path_factory.mktemp("task")
+    rows = {"France": "Paris", "Italy": "Rome", "Spain": "Lisbon"}
+    data = folder / "capitals.jsonl"
+    data.write_text("".join(json.dumps({"country": c, "capital": t}) + "\n" for c, t in rows.items()))
+    file = folder / "capitals.yaml"
+    file.write_text(TASK.format(data=data))
+    return file
+
+
+@pytest.fixture(scope="module")
+def result(smollm2_gguf: Path, text: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> SparsifyResult:
     out = tmp_path_factory.mktemp("out") / "lean"
-    return sparsify(smollm2_gguf, out=out, budget=0.02, text=text, context=CONTEXT, threads=2)
+    options = {"budget": 0.02, "text": text, "context": CONTEXT, "task": str(task), "floor": 0.6, "threads": 2}
+    return sparsify(smollm2_gguf, out=out, **options)
 
 
 def test_a_plan_within_the_budget(result: SparsifyResult) -> None:
@@ -49,10 +79,11 @@ def test_a_plan_within_the_budget(result: SparsifyResult) -> None:
     assert 1 < found.speedup < 2
     assert result.measured > 0
     assert found.plan.provenance["calibrated_on"] == "source.py"
-    json = result.to_json()
-    assert set(json) >= {"model", "plan", "perplexity_ratio", "speedup", "frontier"}
-    assert set(json["speedup"]) == {"predicted", "measured"}
-    assert set(json["frontier"][0]) == {"resting", "perplexity_ratio", "speedup"}
+    assert result.accuracy == 2 / 3
+    fields = result.to_json()
+    assert set(fields) >= {"model", "plan", "perplexity_ratio", "speedup", "frontier", "accuracy"}
+    assert set(fields["speedup"]) == {"predicted", "measured"}
+    assert set(fields["frontier"][0]) == {"resting", "perplexity_ratio", "speedup"}
 
 
 def test_the_folder_is_the_model_with_its_plan(result: SparsifyResult, smollm2_gguf: Path) -> None:
@@ -69,14 +100,14 @@ def test_the_folder_is_the_model_with_its_plan(result: SparsifyResult, smollm2_g
     # What lies beside the weights screens the head, which changes no log-probability.
     assert (result.folder / SCREEN_FILE).is_file()
     assert all((result.folder / name).stat().st_size > 10_000 for name in PICTURES)
-    pages = replace(result.found.plan, head=None)
-    assert answer(result.folder, None) == answer(smollm2_gguf, pages) != answer(smollm2_gguf, None)
+    others = replace(result.found.plan, head=None)
+    assert answer(result.folder, None) == answer(smollm2_gguf, others) != answer(smollm2_gguf, None)
     with pytest.raises(FallowError, match="make the plan again"):
         answer(smollm2_gguf, result.found.plan)
 
 
 def test_what_cannot_be_done_is_a_sentence_and_nothing_is_written(
-    result: SparsifyResult, smollm2_gguf: Path, text: Path, tmp_path: Path
+    result: SparsifyResult, smollm2_gguf: Path, text: Path, task: Path, tmp_path: Path
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
@@ -91,6 +122,10 @@ def test_what_cannot_be_done_is_a_sentence_and_nothing_is_written(
         ({"text": short}, "at least 1,280 are needed"),
         ({"text": damaged}, "not text in UTF-8"),
         ({"text": tmp_path / "nowhere.txt"}, "cannot be read"),
+        ({"task": "arc_easy"}, "A task needs a floor"),
+        ({"floor": 0.4}, "a floor or a limit a task"),
+        ({"task": "arc_easy", "floor": 40.0}, "an accuracy from 0 to 1"),
+        ({"task": str(task), "floor": 0.9}, "solves 66.7% of .* below the floor of 90.0%"),
     ):
         with pytest.raises(FallowError, match=message) as error:
             sparsify(smollm2_gguf, **{"out": out, "text": text, "context": CONTEXT} | options)

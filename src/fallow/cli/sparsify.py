@@ -30,17 +30,28 @@ def sparsify(
             help="Tune the weights under a plan that costs more, by so many tokens of the text.",
         ),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK", help="A task of lm-eval, or its file, that must still be solved.", show_default="none"
+        ),
+    ] = None,
+    floor: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Of its answers that must be right, as 40% or 0.4.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of the TASK at most.", show_default="all")] = None,
     precision: Precision = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Find what may rest in MODEL within a budget of quality, and write the model with its plan.
 
-    Of a plan's axes this finds two so far: which pages of the KV cache each KV head reads, and a screen that tells
-    which words of the vocabulary are worth computing. A healing that was stopped goes on when the same command is
-    given again.
+    It looks at the pages of the KV cache that each KV head reads, at a screen that tells which words of the vocabulary
+    are worth computing, and, where weights have 4 bits, at small inputs of linear layers and neurons with small gates,
+    by what they spare on this machine. A healing that was stopped goes on when the same command is given again.
     """
-    share = _share(budget)
+    share = _share(budget, "--budget")
+    least = None if floor is None else _share(floor, "--floor")
     path = fetch(model)
 
     from fallow.sparsification import run
@@ -54,6 +65,9 @@ def sparsify(
             batch=batch,
             context=context,
             heal=heal,
+            task=task,
+            floor=least,
+            limit=limit,
             precision=precision,
             threads=threads,
             on_note=note,
@@ -74,15 +88,16 @@ def sparsify(
             "load": f"{batch} x {context:,} tokens",
             "perplexity": f"{result.found.perplexity_ratio - 1:+.2%}",
             "faster": f"{result.measured:.2f} times (predicted {result.found.speedup:.2f})",
+            **({} if result.accuracy is None else {"solves": f"{result.accuracy:.1%} of {task}"}),
             "written to": out,
             "drawn in": out / "frontier.svg",
         }
     )
 
 
-def _share(text: str) -> float:
+def _share(text: str, option: str) -> float:
     number, percent = text.removesuffix("%"), text.endswith("%")
     try:
         return float(number) / (100 if percent else 1)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no share: write 1% or 0.01", param_hint="--budget") from None
+        raise typer.BadParameter(f"{text!r} is no share: write 1% or 0.01", param_hint=option) from None

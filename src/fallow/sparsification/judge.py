@@ -7,16 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fallow.engine.engine import Engine
 from fallow.engine.runner import ModelRunner, Precision
 from fallow.models.head_screen import HeadScreen
 from fallow.models.tensors import Checkpoint
+from fallow.models.tokenizer import load_tokenizer
 from fallow.plan import SparsityPlan
-from fallow.sparsification.plans import Load
+from fallow.sparsification.choices import Load
+from fallow.sparsification.floor import Floor
 from fallow.sparsification.timing import Decoding, pages_of
 from fallow.terminal import Progress
 
 _SCORED = 1024  # the last tokens of a window, whose context is the longest
 _TURNS = 3  # in which the dense model and the plan are timed
+_AT_ONCE = 4  # sequences, where a task is solved
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,14 @@ class Judge:
             return total / len(self.windows)
         finally:
             runner.close()
+
+    def accuracy(self, plan: SparsityPlan, floor: Floor, *, dense: bool = False) -> float:
+        """In the floor's task; ``dense``: of the dense model, without a plan."""
+        checkpoint, rules = (self.dense, SparsityPlan.dense()) if dense else (self.checkpoint, plan)
+        runner = self._runner(checkpoint, rules, _AT_ONCE)
+        tokenizer = load_tokenizer(checkpoint.path)
+        with Engine.over(runner, tokenizer, max_num_seqs=_AT_ONCE, prefix_caching=False) as engine:
+            return floor.reached_by(engine, self.progress)
 
     def speedup(self, plan: SparsityPlan) -> float:
         """How many times faster than dense a step of decoding the load is, both at their best in some turns: what else

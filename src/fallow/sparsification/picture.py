@@ -14,7 +14,7 @@ from matplotlib.ticker import FormatStrFormatter, PercentFormatter
 from fallow.files import replacing
 
 if TYPE_CHECKING:
-    from fallow.sparsification.run import Point
+    from fallow.sparsification.search import Point
 
 PICTURES = ("frontier.svg", "frontier.png")
 _MEASURED, _CHOSEN, _BUDGET = "#0072b2", "#d55e00", "#666666"  # told apart by the colour-blind too (Okabe and Ito)
@@ -25,6 +25,7 @@ def draw(frontier: Sequence[Point], found: Point, *, budget: float, title: str, 
     the most cautious plan on; ``found`` is marked, and the ``budget`` (0.01: one percent) is a line."""
     # Text stays text, a name is no formula, and the same frontier gives the same bytes.
     with mpl.rc_context({"svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "fallow"}):
+        frontier = frontier or [found]  # nothing to choose from
         figure = Figure(figsize=(9.0, 4.0), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         _panel(left, [(point.speedup, point) for point in frontier], (found.speedup, found), budget)
@@ -33,7 +34,7 @@ def draw(frontier: Sequence[Point], found: Point, *, budget: float, title: str, 
         left.set_ylabel("change of perplexity")
         left.yaxis.set_major_formatter(PercentFormatter(100))
         _panel(right, [(100 * point.resting, point) for point in frontier], (100 * found.resting, found), budget)
-        right.set_xlabel("share of the keys and values that rests")
+        right.set_xlabel("share at rest of what may rest")
         right.xaxis.set_major_formatter(PercentFormatter(100))
         right.legend(loc="upper left")
         figure.suptitle(title)

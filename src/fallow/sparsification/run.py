@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fallow.arrays import Float64, Int64
 from fallow.engine.engine import Engine
 from fallow.engine.runner import ModelRunner, Precision
 from fallow.errors import FallowError
@@ -21,7 +20,7 @@ from fallow.files import decoded, replacing_folder
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.decoder import Decoder
 from fallow.models.decoder_weights import load_decoder
-from fallow.models.head_screen import SCREEN_FILE, HeadScreen
+from fallow.models.head_screen import SCREEN_FILE
 from fallow.models.info import describe
 from fallow.models.rewrite import copy_model
 from fallow.models.rope import longest_context
@@ -29,42 +28,31 @@ from fallow.models.store import resolve
 from fallow.models.tensors import Checkpoint
 from fallow.models.tokenizer import load_tokenizer
 from fallow.plan import FILE_NAME, SparsityPlan
+from fallow.sparsification.choices import Choices, Load
+from fallow.sparsification.floor import Floor
 from fallow.sparsification.heal import ALLOWANCE, Healing
 from fallow.sparsification.judge import Judge
+from fallow.sparsification.page_choices import PageChoices
 from fallow.sparsification.page_prices import page_errors
+from fallow.sparsification.partial_reads import partial_times
 from fallow.sparsification.picture import PICTURES, draw
-from fallow.sparsification.plans import Load, PageChoices
+from fallow.sparsification.search import Menu, Point, Search, fastest
 from fallow.sparsification.sensitivity import sensitivities
-from fallow.sparsification.solve import choose
 from fallow.sparsification.text import Windows, cut, texts_of, written_by, written_to_heal
 from fallow.sparsification.vocabulary import OWN_TEXTS, fit_screen, head_rules, screens_head, spared_bytes
+from fallow.sparsification.weight_choices import MOST_SEQUENCES, WeightChoices, can_lie_in_parts
+from fallow.sparsification.weight_prices import PARTS, weight_errors
 from fallow.terminal import Progress
 
-_MOST_TRIES = 6
-_CLOSE = 0.85  # of the budget: near enough
-_CAUTION = 0.97  # of the price that would be right if prices were: they are nearly
-
-
-@dataclass(frozen=True)
-class Point:
-    """A plan that was measured: the share of the keys and values that rests, and what for. ``speedup`` is predicted
-    from the bytes that a step reads, ``price`` is what the plan should have cost (nats a token)."""
-
-    resting: float
-    perplexity_ratio: float
-    speedup: float
-    plan: SparsityPlan
-    price: float
-
-    def to_json(self) -> dict[str, float]:
-        return {"resting": self.resting, "perplexity_ratio": self.perplexity_ratio, "speedup": self.speedup}
+_SMALLER_BUDGETS = (1.0, 0.5, 0.25)  # of the budget, where plans do not reach the floor of a task
 
 
 @dataclass(frozen=True)
 class SparsifyResult:
     """``found`` lies in ``folder`` beside the weights; ``measured`` is how many times faster than dense a step of
     decoding ``load`` is. ``frontier``: the plans that were measured on the way, from the most cautious on, with the
-    weights that were healed by so many tokens as ``healed`` says; None: with those of the model."""
+    weights that were healed by so many tokens as ``healed`` says; None: with those of the model. ``accuracy``: of the
+    plan in the task that was given."""
 
     model: str
     folder: Path
@@ -73,6 +61,7 @@ class SparsifyResult:
     measured: float
     frontier: tuple[Point, ...]
     healed: int | None = None
+    accuracy: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -84,6 +73,7 @@ class SparsifyResult:
             "frontier": [point.to_json() for point in self.frontier],
             "load": asdict(self.load),
             "healed_tokens": self.healed,
+            "accuracy": self.accuracy,
         }
 
 
@@ -96,6 +86,9 @@ def sparsify(
     batch: int = 1,
     context: int = 4096,
     heal: int | None = None,
+    task: str | None = None,
+    floor: float | None = None,
+    limit: int | None = None,
     precision: Precision = "auto",
     threads: int | None = None,
     on_note: Callable[[str], None] = lambda text: None,
@@ -107,20 +100,26 @@ def sparsify(
     ``text`` is a file; half of its windows price what may rest, the others verify. None: the model writes it. With
     ``heal`` the weights are tuned under a plan that costs more, by so many tokens, and what they bear then is searched;
     all is relative to the model as it was. The folder ``out`` with ``.healing`` after its name holds what it takes
-    meanwhile, so that a killed call goes on. Raises ``FallowError``.
+    meanwhile, so that a killed call goes on. With ``task``, a task of lm-eval or its file, a plan must also reach an
+    accuracy of ``floor`` (0 to 1) in its first ``limit`` questions. Raises ``FallowError``.
     """
     folder = Path(out)
     if folder.exists():
         raise FallowError(f"{folder} exists already: give another folder, or remove it.")
     if not 0 < budget < 1:
         raise FallowError(f"The budget is {budget}: give a share of perplexity between 0 and 1, such as 0.01 for 1%.")
+    wanted = _floor(task, floor, limit)
     path = resolve(model)
     checkpoint = open_checkpoint(path)
     _check_context(checkpoint, context)
-    choices = PageChoices.of(checkpoint.config, Load(batch, context))
-    if not choices.places:
-        raise FallowError("Every layer of the model has a window of its own: no pages can rest.")
-    screens = screens_head(checkpoint, choices.load)
+    load = Load(batch, context)
+    screens = screens_head(checkpoint, load)
+    # What training has brought to rest stays at rest.
+    beside = SparsityPlan.beside(path) or SparsityPlan.dense()
+    parts = [] if beside.rules("ffn") or beside.rules("input") else _weights_in_parts(checkpoint, precision, load)
+    sees_all = None in checkpoint.config.layer_windows
+    if not (sees_all or screens or parts):
+        raise FallowError("Every layer of the model has a window of its own, and nothing else of it can rest.")
     source, own_texts = "text of its own", []
     if text is not None:
         source, windows = Path(text).name, _windows_of(path, Path(text), context)
@@ -137,100 +136,141 @@ def sparsify(
         with Engine(path, precision=precision, threads=threads, plan=SparsityPlan.dense()) as engine:
             windows = written_by(engine, context) if text is None else windows
             own_texts = texts_of(engine, *OWN_TEXTS, seed=1) if screens else []
+    start = replace(beside, attention=None, head=head_rules() if screens else None, provenance=provenance)
+    judge = Judge(checkpoint, checkpoint, None, windows.verified, load, precision, threads, progress)
+    if wanted is not None:
+        _check_floor(judge, wanted, on_note)
     decoder = load_decoder(checkpoint, context=context).eval().requires_grad_(False)
-    prices = _prices(decoder, windows.calibrated, choices, progress)
+    kinds = _kinds(decoder, checkpoint, windows.calibrated, load, parts, precision, threads, progress)
     head_screen = fit_screen(decoder, checkpoint, [*windows.calibrated, *own_texts]) if screens else None
     del decoder
-    weights = describe(checkpoint, precision=precision).bytes_per_token
-    cost = Cost(choices, weights, spared_bytes(checkpoint, precision) if screens else 0.0)
-    judge = Judge(checkpoint, checkpoint, head_screen, windows.verified, choices.load, precision, threads, progress)
-    # What training has brought to rest stays at rest.
-    beside = SparsityPlan.beside(path) or SparsityPlan.dense()
-    start = replace(beside, attention=None, head=head_rules() if screens else None, provenance=provenance)
-    price = None
+    menu = Menu(
+        kinds=kinds,
+        weights=describe(checkpoint, precision=precision).bytes_per_token,
+        spared=spared_bytes(checkpoint, precision) if screens else 0.0,
+        keys_and_values=sum(kind.bytes for kind in kinds if isinstance(kind, PageChoices)),
+    )
+    search = Search(replace(judge, head_screen=head_screen), menu, start, on_note)
     if healing is not None:
-        if not healing.has_begun:
-            costly = _fastest(_search(judge, cost, prices, ALLOWANCE * budget, start, on_note), ALLOWANCE * budget)
-            if costly is None or replace(costly.plan, head=None).is_dense:
-                raise FallowError(f"Nothing can rest at {ALLOWANCE:g} times the budget: leave the healing out.")
-            texts = [windows.before] if windows.before else _written(healing, path, precision, threads)
-            healing.begin(costly.plan, costly.price, texts)
-        checkpoint, price = healing.run(on_note, progress), healing.price
-        if screens:
-            healed = load_decoder(checkpoint, context=context).eval().requires_grad_(False)
-            head_screen = fit_screen(healed, checkpoint, [*windows.calibrated, *own_texts])
-            del healed
-        judge = replace(judge, checkpoint=checkpoint, head_screen=head_screen)
-        what = {"healed": f"{heal} tokens", "healed_from": provenance["weights"], "weights": _digest(checkpoint)}
-        start = replace(start, provenance=provenance | what)
-    frontier = _search(judge, cost, prices, budget, start, on_note, price)
-    found = _fastest(frontier, budget)
+        search = _healed(search, healing, budget, windows, own_texts)
+    frontier, found, accuracy = _found(search, budget, healing.price if healing else None, wanted)
     if found is None and healing is not None:
         raise FallowError(
             f"No plan of the healed model keeps the budget: it lies in {healing.folder}; heal with more tokens of text "
             "like that which is verified, or not at all."
         )
-    found = found or Point(0.0, 1.0, cost.speedup(choices.dense), start, 0.0)
-    measured = judge.speedup(found.plan)
+    found = found or search.nothing
+    measured = search.judge.speedup(found.plan)
     ordered = tuple(sorted(frontier, key=lambda point: point.resting))
-    with _new_folder(checkpoint, found.plan, head_screen, folder) as partial:
+    with _new_folder(search.judge, found.plan, folder) as unfinished:
         title = f"{Path(model).name}, batch {batch}, {context:,} tokens of context"
-        draw(ordered, found, budget=budget, title=title, folder=partial)
+        draw(ordered, found, budget=budget, title=title, folder=unfinished)
     if healing is not None:
         healing.remove()
-    return SparsifyResult(str(model), folder, choices.load, found, measured, ordered, heal)
+    return SparsifyResult(str(model), folder, load, found, measured, ordered, heal, accuracy)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a step of decoding reads: the pages of a choice, and weights, of which a plan spares some of the head's."""
-
-    choices: PageChoices
-    weights: int
-    spared: float
-
-    def speedup(self, chosen: Int64) -> float:
-        dense = self.weights + self.choices.bytes_of(self.choices.dense)
-        return dense / (self.weights - self.spared + self.choices.bytes_of(chosen))
+def _floor(task: str | None, floor: float | None, limit: int | None) -> Floor | None:
+    if task is None and floor is None and limit is None:
+        return None
+    if task is None or floor is None:
+        raise FallowError("A task needs a floor, and a floor or a limit a task: give both, such as arc_easy and 0.4.")
+    if not 0 <= floor <= 1:
+        raise FallowError(f"The floor is {floor}: give an accuracy from 0 to 1.")
+    return Floor(task, floor, limit)
 
 
-def _search(  # noqa: PLR0917
-    judge: Judge,
-    cost: Cost,
-    prices: Float64,
-    budget: float,
-    start: SparsityPlan,
-    on_note: Callable[[str], None],
-    price: float | None = None,
-) -> list[Point]:
-    """Plans whose measured perplexity comes nearer and nearer to the budget: prices say which parts are cheap, but what
-    all of them cost together is measured. The first plan is that of ``price`` (nats a token; None: of the budget)."""
-    choices = cost.choices
-    dense_nll = judge.dense_nll()
-    allowed = math.log1p(budget)
-    price = price or allowed
-    points: list[Point] = []
-    for _ in range(_MOST_TRIES):
-        chosen = choose(prices, choices.bytes_read, price)
-        plan = replace(start, attention=choices.rules(chosen))
-        excess = judge.nll(plan) - dense_nll
-        points.append(Point(choices.resting(chosen), math.exp(excess), cost.speedup(chosen), plan, price))
-        on_note(f"{points[-1].resting:.1%} of the keys and values rest: perplexity {math.expm1(excess):+.2%}")
-        if _CLOSE * allowed <= excess <= allowed or plan.attention is None:
-            break
-        price *= _CAUTION * min(max(allowed / max(excess, 1e-9), 0.25), 4.0)
-    return points
+def _check_floor(judge: Judge, floor: Floor, on_note: Callable[[str], None]) -> None:
+    accuracy = judge.accuracy(SparsityPlan.dense(), floor, dense=True)
+    on_note(f"Dense, the model solves {accuracy:.1%} of {floor.task}.")
+    if accuracy < floor.accuracy:
+        raise FallowError(
+            f"The dense model solves {accuracy:.1%} of {floor.task}, which is below the floor of {floor.accuracy:.1%}: "
+            "give a lower one."
+        )
 
 
-def _fastest(points: Sequence[Point], budget: float) -> Point | None:
-    """Of what was measured within the budget."""
-    within = [point for point in points if point.perplexity_ratio <= 1 + budget]
-    return max(within, key=lambda point: point.speedup, default=None)
+def _found(
+    search: Search, budget: float, price: float | None, floor: Floor | None
+) -> tuple[list[Point], Point | None, float | None]:
+    """All points that were measured, the fastest of them within the budget that reaches the floor, and its accuracy
+    there."""
+    if not search.menu.kinds:
+        return [], None, None
+    if floor is None:
+        frontier = search.points(budget, price)
+        return frontier, fastest(frontier, budget), None
+    frontier, refused = [], []
+    for share in _SMALLER_BUDGETS:
+        frontier += search.points(share * budget, None if price is None else share * price)
+        while (point := fastest([p for p in frontier if p not in refused], budget)) is not None:
+            accuracy = search.judge.accuracy(point.plan, floor)
+            search.on_note(f"{point.resting:.1%} at rest: {accuracy:.1%} of {floor.task}.")
+            if accuracy >= floor.accuracy:
+                return frontier, point, accuracy
+            refused.append(point)
+    return frontier, None, None
 
 
-def _written(healing: Healing, model: Path, precision: Precision, threads: int | None) -> list[list[int]]:
+def _healed(
+    search: Search, healing: Healing, budget: float, windows: Windows, own_texts: Sequence[Sequence[int]]
+) -> Search:
+    """The search with the weights that are healed under a plan of it."""
+    judge = search.judge
+    if not healing.has_begun:
+        costly = fastest(search.points(ALLOWANCE * budget), ALLOWANCE * budget)
+        if costly is None or costly.resting == 0:
+            raise FallowError(f"Nothing can rest at {ALLOWANCE:g} times the budget: leave the healing out.")
+        texts = [windows.before] if windows.before else _written(healing, judge.precision, judge.threads)
+        healing.begin(costly.plan, costly.price, texts)
+    checkpoint, head_screen = healing.run(search.on_note, judge.progress), None
+    if judge.head_screen is not None:
+        decoder = load_decoder(checkpoint, context=judge.load.context).eval().requires_grad_(False)
+        head_screen = fit_screen(decoder, checkpoint, [*windows.calibrated, *own_texts])
+    before = search.start.provenance
+    what = {"healed": f"{healing.tokens} tokens", "healed_from": before["weights"], "weights": _digest(checkpoint)}
+    return replace(
+        search,
+        judge=replace(judge, checkpoint=checkpoint, head_screen=head_screen),
+        start=replace(search.start, provenance={**before, **what}),
+    )
+
+
+def _weights_in_parts(checkpoint: Checkpoint, precision: str, load: Load) -> list[tuple[str, ...]]:
+    """Of which matrices a step can read a part: of each group one at a time."""
+    layers = range(checkpoint.config.num_hidden_layers)
+    groups = (("o_proj",), ("down_proj", "neurons")) if load.batch <= MOST_SEQUENCES else ()
+    lie = {part: any(can_lie_in_parts(checkpoint, precision, layer, part) for layer in layers) for part in PARTS}
+    return [kept for group in groups if (kept := tuple(part for part in group if lie[part]))]
+
+
+def _kinds(  # noqa: PLR0917
+    decoder: Decoder,
+    checkpoint: Checkpoint,
+    windows: Sequence[Sequence[int]],
+    load: Load,
+    parts: Sequence[tuple[str, ...]],
+    precision: Precision,
+    threads: int | None,
+    progress: Progress,
+) -> tuple[Choices, ...]:
+    """What may rest, priced and with what it spares on this machine."""
+    weighed = sensitivities(decoder, windows, torch.Generator().manual_seed(0)).numpy()
+    kinds: list[Choices] = []
+    if None in checkpoint.config.layer_windows:
+        nats = page_errors(decoder, windows, progress=progress).numpy() * weighed[:-1, None, None]
+        kinds.append(PageChoices.of(checkpoint.config, load, nats))
+    if parts:
+        errors = weight_errors(decoder, windows, progress=progress)
+        progress("timing weights", 0, None)
+        times = partial(partial_times, threads=threads)
+        kinds += [WeightChoices.of(group, checkpoint, precision, errors, weighed, times) for group in parts]
+    return tuple(kinds)
+
+
+def _written(healing: Healing, precision: Precision, threads: int | None) -> list[list[int]]:
     """The model's own text to heal it with."""
-    with Engine(model, precision=precision, threads=threads, plan=SparsityPlan.dense()) as engine:
+    with Engine(healing.model, precision=precision, threads=threads, plan=SparsityPlan.dense()) as engine:
         return written_to_heal(engine, healing.tokens, healing.context)
 
 
@@ -249,14 +289,6 @@ def _windows_of(model: Path, text: Path, context: int) -> Windows:
     return cut(ids, context, str(text))
 
 
-def _prices(decoder: Decoder, windows: Sequence[Sequence[int]], choices: PageChoices, progress: Progress) -> Float64:
-    """Nats a token of each choice, ``[places, choices]``; the last one, of all pages, costs none."""
-    weighed = sensitivities(decoder, windows, torch.Generator().manual_seed(0))
-    nats = (page_errors(decoder, windows, progress=progress) * weighed[:, None, None]).numpy()
-    rows = np.array([nats[layer, head] for layer, head in choices.places])
-    return np.concatenate((rows, np.zeros((len(rows), 1))), 1)
-
-
 def _digest(checkpoint: Checkpoint) -> str:
     """SHA-256 of the weights, tensor by tensor."""
     digest = hashlib.sha256()
@@ -267,14 +299,12 @@ def _digest(checkpoint: Checkpoint) -> str:
 
 
 @contextmanager
-def _new_folder(
-    checkpoint: Checkpoint, plan: SparsityPlan, head_screen: HeadScreen | None, folder: Path
-) -> Iterator[Path]:
+def _new_folder(judge: Judge, plan: SparsityPlan, folder: Path) -> Iterator[Path]:
     """The model's files, the plan and what it needs, in a folder that more can be written to; when the block ends it is
     complete, and where it raises not there."""
-    with replacing_folder(folder) as partial:
-        copy_model(checkpoint, {}, partial, without=(FILE_NAME, SCREEN_FILE, *PICTURES))
-        plan.save(partial / FILE_NAME)
-        if head_screen is not None:
-            head_screen.save(partial)
-        yield partial
+    with replacing_folder(folder) as unfinished:
+        copy_model(judge.checkpoint, {}, unfinished, without=(FILE_NAME, SCREEN_FILE, *PICTURES))
+        plan.save(unfinished / FILE_NAME)
+        if judge.head_screen is not None:
+            judge.head_screen.save(unfinished)
+        yield unfinished

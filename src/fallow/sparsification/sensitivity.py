@@ -14,14 +14,14 @@ _FIRST = 64  # tokens that are left out: the first ones of a text are unlike all
 
 
 def sensitivities(decoder: Decoder, windows: Sequence[Sequence[int]], generator: torch.Generator) -> Tensor:
-    """Nats of Kullback-Leibler divergence a token that an error in the residual stream before each layer costs, for the
-    square of its size relative to the stream, float64 ``[layers]``.
+    """Nats of Kullback-Leibler divergence a token that an error in the residual stream before each layer costs, and
+    before the last norm, for the square of its size relative to the stream, float64 ``[layers + 1]``.
 
     To second order the divergence is the error under the Fisher information, ``E[(g error)^2] / 2``, where ``g`` is the
     gradient of the log-likelihood of tokens that the model itself draws (Martens, arXiv 1412.1193, section 5). The
     error is taken to lie in no particular direction. Parameters need no gradients.
     """
-    totals = torch.zeros(len(decoder.layers), dtype=torch.float64)
+    totals = torch.zeros(len(decoder.layers) + 1, dtype=torch.float64)
     count = 0
     for window in windows:
         streams = _streams(decoder, torch.tensor([list(window[:TOKENS])]), generator)
@@ -34,7 +34,8 @@ def sensitivities(decoder: Decoder, windows: Sequence[Sequence[int]], generator:
 
 
 def _streams(decoder: Decoder, tokens: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """The residual stream before each layer, with the gradient of the summed log-likelihood of drawn tokens."""
+    """The residual stream before each layer and the last norm, with the gradient of the summed log-likelihood of tokens
+    that are drawn."""
     streams: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -45,7 +46,7 @@ def _streams(decoder: Decoder, tokens: Tensor, generator: torch.Generator) -> li
         streams.append(stream)
         return (stream, *arguments[1:])
 
-    hooks = [layer.register_forward_pre_hook(keep) for layer in decoder.layers]
+    hooks = [module.register_forward_pre_hook(keep) for module in (*decoder.layers, decoder.norm)]
     try:
         with torch.enable_grad():
             logits = decoder.logits(decoder(tokens))[0]

@@ -11,7 +11,7 @@ from fallow.models.head_screen import DIRECTIONS, SIGN_GROUP, HeadScreen, mean_p
 from fallow.models.info import held_bytes
 from fallow.models.tensors import Checkpoint
 from fallow.plan import LayerRule
-from fallow.sparsification.plans import Load
+from fallow.sparsification.choices import Load
 
 CANDIDATES = 768
 """Tokens that are computed at once: few of a hundred choices need more, and they are 1.6% of 49,152."""

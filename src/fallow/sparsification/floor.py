@@ -1,0 +1,40 @@
+"""A task of lm-eval that a plan must still solve. Needs the extra ``eval``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from fallow.engine.engine import Engine
+from fallow.engine.sampling import SamplingParams
+from fallow.errors import FallowError
+from fallow.terminal import Progress
+
+
+@dataclass(frozen=True)
+class Floor:
+    """``accuracy`` (0 to 1) in ``task``, a name that lm-eval knows or a task file of its, by its first ``limit``
+    questions."""
+
+    task: str
+    accuracy: float
+    limit: int | None = None
+
+    def reached_by(self, engine: Engine, progress: Progress) -> float:
+        """The accuracy of an engine. Raises ``FallowError`` where the task cannot be run or has none."""
+        try:
+            from fallow.evaluate.tasks import HarnessModel, Writing, accuracy, run_task  # noqa: PLC0415
+        except ImportError as error:
+            raise FallowError(f"The floor of a task needs lm-eval ({error}): pip install 'fallow[eval]'.") from error
+
+        def writes(prompts: list[list[int]], how: Writing) -> list[str]:
+            outputs = engine.generate(prompts, SamplingParams(seed=0, **asdict(how)))
+            return [output.outputs[0].text for output in outputs]
+
+        found = accuracy(
+            run_task(
+                HarnessModel(engine.runner, writes, engine.tokenizer, progress=progress), self.task, limit=self.limit
+            )
+        )
+        if found is None:
+            raise FallowError(f"The task {self.task} has no accuracy: take another one for a floor.")
+        return found

@@ -1,0 +1,112 @@
+"""From prices to a plan that was measured: choose for a price, measure what it costs in truth, correct the price."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fallow.arrays import Int64
+from fallow.plan import SparsityPlan
+from fallow.sparsification.choices import Choices, stacked, unstacked
+from fallow.sparsification.judge import Judge
+from fallow.sparsification.solve import choose
+
+_MOST_TRIES = 6
+_CLOSE = 0.85  # of the budget: near enough
+_CAUTION = 0.97  # of the price that would be right if prices were: they are nearly
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan that was measured: ``resting`` is the share of what it chooses from (keys, values, weights) that rests, in
+    bytes. ``speedup`` is predicted from what a step reads, ``price`` is what the plan should have cost (nats a token).
+    """
+
+    resting: float
+    perplexity_ratio: float
+    speedup: float
+    plan: SparsityPlan
+    price: float
+
+    def to_json(self) -> dict[str, float]:
+        return {"resting": self.resting, "perplexity_ratio": self.perplexity_ratio, "speedup": self.speedup}
+
+
+@dataclass(frozen=True)
+class Menu:
+    """All that can be chosen, and what a step of decoding reads: ``weights`` bytes, of which a plan spares some of the
+    head's, and the keys and values among ``kinds``."""
+
+    kinds: tuple[Choices, ...]
+    weights: float
+    spared: float
+    keys_and_values: float
+
+    def choose(self, price: float) -> list[Int64]:
+        """Of each kind the choices that together cost no more than ``price`` (nats a token)."""
+        prices, read = ([getattr(kind, name) for kind in self.kinds] for name in ("prices", "read"))
+        return unstacked(choose(stacked(prices), stacked(read), price), read)
+
+    def speedup(self, chosen: Sequence[Int64]) -> float:
+        dense = self.weights + self.keys_and_values
+        return dense / (dense - self.spared - sum(k.spared(c) for k, c in zip(self.kinds, chosen, strict=True)))
+
+    def resting(self, chosen: Sequence[Int64]) -> float:
+        total = sum(kind.bytes for kind in self.kinds)
+        return sum(k.at_rest(c) for k, c in zip(self.kinds, chosen, strict=True)) / total
+
+    def plan(self, chosen: Sequence[Int64], start: SparsityPlan) -> SparsityPlan:
+        """``start`` with the rules of what was chosen."""
+        found = [kind.rules(c) for kind, c in zip(self.kinds, chosen, strict=True)]
+        axes: dict[str, Any] = {}
+        for axis in {axis for rules in found for axis in rules}:
+            axes[axis] = tuple(rule for rules in found for rule in rules.get(axis, ()))
+        return replace(start, **axes)
+
+    def describe(self, chosen: Sequence[Int64]) -> str:
+        """How much rests, in words."""
+        shares = [(kind, kind.at_rest(c) / kind.bytes) for kind, c in zip(self.kinds, chosen, strict=True)]
+        parts = [f"{share:.1%} of the {kind.what}" for kind, share in shares if share > 0]
+        return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:]))) or "nothing"
+
+
+@dataclass(frozen=True)
+class Search:
+    """Plans on the base of ``start``, whose measured perplexity comes nearer and nearer to a budget: prices say which
+    parts are cheap, but what all of them cost together is measured by the ``judge``."""
+
+    judge: Judge
+    menu: Menu
+    start: SparsityPlan
+    on_note: Callable[[str], None]
+
+    def points(self, budget: float, price: float | None = None) -> list[Point]:
+        """What was measured on the way; the first plan is that of ``price`` (nats a token; None: of the budget)."""
+        dense_nll = self.judge.dense_nll()
+        allowed = math.log1p(budget)
+        price = price or allowed
+        points: list[Point] = []
+        for _ in range(_MOST_TRIES):
+            chosen = self.menu.choose(price)
+            plan, resting = self.menu.plan(chosen, self.start), self.menu.resting(chosen)
+            excess = self.judge.nll(plan) - dense_nll
+            points.append(Point(resting, math.exp(excess), self.menu.speedup(chosen), plan, price))
+            self.on_note(f"At rest: {self.menu.describe(chosen)}. Perplexity {math.expm1(excess):+.2%}.")
+            if _CLOSE * allowed <= excess <= allowed or resting == 0:
+                break
+            price *= _CAUTION * min(max(allowed / max(excess, 1e-9), 0.25), 4.0)
+        return points
+
+    @property
+    def nothing(self) -> Point:
+        """The plan on which the others are based."""
+        dense = [kind.dense for kind in self.menu.kinds]
+        return Point(0.0, 1.0, self.menu.speedup(dense), self.start, 0.0)
+
+
+def fastest(points: Sequence[Point], budget: float) -> Point | None:
+    """Of what was measured within the budget."""
+    within = [point for point in points if point.perplexity_ratio <= 1 + budget]
+    return max(within, key=lambda point: point.speedup, default=None)
