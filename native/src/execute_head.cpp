@@ -31,9 +31,16 @@ void Program::prepare_head() {
   const auto found = std::find_if(operations_.begin(), operations_.end(), [](const Operation& o) { return std::holds_alternative<op::Rescore>(o); });
   if (found == operations_.end()) return;
   rescore_ = static_cast<int>(found - operations_.begin());
+  for (int tile = 0; tile < screen().tiles; ++tile) {
+    const uint16_t* deviations = screen().deviations(tile);
+    float most = 0.f;
+    for (int i = 0; i < lanes; ++i) most = std::max(most, bf16_to_float(deviations[i]));
+    largest_deviations_.push_back(most);
+  }
   head_rows_.resize(limits_.max_logit_rows);
   for (HeadRow& row : head_rows_) {
     row.peaks.resize(screen().tiles);
+    row.bounds.resize(screen().tiles);
     row.is_exact.resize(screen().tiles);
   }
 }
@@ -191,16 +198,27 @@ void Program::choose_token(int r, SampleScratch& scratch) {
     return;
   }
   const float reach = p.is_draw() && !is_noisy(p) ? sample_row(*sample_, r, scratch).reach : take_largest(r, logits);
-  kernels_.screened_peaks(screen(), logits, safe_deviations * std::max(head.scale, 1e-6f), 0, screen().tiles, head.peaks.data());
-  head.wanted.clear();
-  for (size_t tile = 0; tile < head.peaks.size(); ++tile) {
-    if (head.is_exact[tile] == 0 && !(head.peaks[tile] < reach)) head.wanted.push_back(static_cast<int32_t>(tile));
-  }
+  want_doubtful_tiles(head, logits, reach);
   const bool lost = !std::isfinite(reach) || !std::isfinite(head.scale);
   head.doubtful = lost || !head.wanted.empty();
   if (!head.doubtful) return;
   head.whole = lost || ++head.rounds > most_rounds || head.wanted.size() > head.peaks.size() / 4;
   begin_round(head);
+}
+
+// Tiles that are not exact and may hold a logit that reaches what a token has to. From the peaks and the largest deviation
+// of a tile follows more than it can have, mostly too little: few tiles have to be looked at.
+void Program::want_doubtful_tiles(HeadRow& head, const float* logits, float reach) {
+  constexpr float rounding = 1e-5f;
+  const float margin = safe_deviations * std::max(head.scale, 1e-6f);
+  const float further = std::max(margin - likely_deviations, 0.f);
+  head.wanted.clear();
+  for (int tile = 0; tile < screen().tiles; ++tile) {
+    const float more = further * largest_deviations_[tile];
+    if (head.is_exact[tile] != 0 || head.peaks[tile] + more + rounding * (std::fabs(head.peaks[tile]) + more) < reach) continue;
+    kernels_.screened_peaks(screen(), logits, margin, tile, tile + 1, head.bounds.data());
+    if (!(head.bounds[tile] < reach)) head.wanted.push_back(tile);
+  }
 }
 
 // The largest of the exact logits; the lowest token among equals.

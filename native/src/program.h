@@ -294,13 +294,16 @@ class Program {
     int rounds = 0;
     size_t listed = 0;            // how many of `exact` the shortlist was
     float scale = 0.f;            // of the screen's errors in this row, in units of the deviations that it knows
-    std::vector<float> peaks;     // of each tile the largest logit, and some deviations
+    std::vector<float> peaks;     // of each tile the largest logit, and the deviations with which tiles compete
+    std::vector<float> bounds;    // of tiles in question the largest logit that there may be
     std::vector<int32_t> wanted;  // tiles to be computed, an even number
     std::vector<int32_t> exact;   // tiles that are
     std::vector<char> is_exact;   // of each tile
     std::vector<double> errors;   // of each tile wanted: squared, in units of deviations
   };
+  std::vector<float> largest_deviations_;  // of each tile of a screen, together: the screen's own lie far apart
   void prepare_head();
+  void want_doubtful_tiles(HeadRow& head, const float* logits, float reach);
   void begin_head();
   const PackedSigns& screen() const;
   void finish_logits(int row, float cap, int first, int last, float* logits) const;

@@ -169,12 +169,14 @@ FALLOW_NOINLINE void block_by_columns(const LinearTask& task, const TileSource& 
   const uint8_t* unit = w.unit(block);
   const int count = starts[t.groups];
   const bool is_last = block + 1 == w.blocks();
-  const auto fetch_column = [&](int i) {  // of this block or of the next one
-    if (i < count) {
-      prefetch_far(w.column(block, list[i]));
-    } else if (!is_last && i - count < count) {
-      prefetch_far(w.column(block + 1, list[i - count]));
-    }
+  // Where few columns are at work, those of several blocks to come are on their way.
+  int ahead_block = block + (count > 0 ? columns_ahead / count : 0);
+  int ahead = count > 0 ? columns_ahead % count : 0;
+  const auto fetch_column = [&] {
+    if (ahead_block < w.blocks()) prefetch_far(w.column(ahead_block, list[ahead]));
+    if (++ahead < count) return;
+    ahead = 0;
+    ++ahead_block;
   };
   F acc[block_tiles];
 #pragma GCC unroll 8
@@ -206,7 +208,7 @@ FALLOW_NOINLINE void block_by_columns(const LinearTask& task, const TileSource& 
       for (int c = 0; c < 4; ++c) {
         const int column = list[i + std::min(c, left - 1)];
         const I both = S::load_bytes(w.column(block, column));
-        fetch_column(i + c + columns_ahead);
+        if (c < left) fetch_column();
         low[c] = S::low_nibbles(both);
         high[c] = S::high_nibbles(both);
         if (c < left) x[c] = static_cast<uint8_t>(codes[column]);
