@@ -50,6 +50,34 @@ def shared_data() -> Path:
     return folder
 
 
+_CAPITALS = """\
+task: capitals
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "The capital of {{{{country}}}} is"
+doc_to_target: " {{{{capital}}}}"
+generation_kwargs: {{until: [".", ",", "\\n"], max_gen_toks: 4}}
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture(scope="session")
+def capitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task file of lm-eval with three questions. SmolLM2 solves two: the last answer is wrong in the file."""
+    folder = tmp_path_factory.mktemp("capitals")
+    rows = {"France": "Paris", "Italy": "Rome", "Spain": "Lisbon"}
+    data = folder / "capitals.jsonl"
+    data.write_text("".join(json.dumps({"country": c, "capital": t}) + "\n" for c, t in rows.items()))
+    task = folder / "capitals.yaml"
+    task.write_text(_CAPITALS.format(data=data))
+    return task
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A Hugging Face folder of a small random model for each of ``FAMILIES``, with a tokenizer and a chat template.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 import random
 import typing
 from dataclasses import replace
@@ -34,38 +33,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-TASK = """\
-task: capitals
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "The capital of {{{{country}}}} is"
-doc_to_target: " {{{{capital}}}}"
-generation_kwargs: {{until: [".", ",", "\\n"], max_gen_toks: 4}}
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true
-"""
-
-
 @pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of three questions the model solves two: the last answer is wrong in the file."""
-    folder = tmp_path_factory.mktemp("task")
-    rows = {"France": "Paris", "Italy": "Rome", "Spain": "Lisbon"}
-    data = folder / "capitals.jsonl"
-    data.write_text("".join(json.dumps({"country": c, "capital": t}) + "\n" for c, t in rows.items()))
-    file = folder / "capitals.yaml"
-    file.write_text(TASK.format(data=data))
-    return file
-
-
-@pytest.fixture(scope="module")
-def result(smollm2_gguf: Path, text: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> SparsifyResult:
+def result(smollm2_gguf: Path, text: Path, capitals: Path, tmp_path_factory: pytest.TempPathFactory) -> SparsifyResult:
     out = tmp_path_factory.mktemp("out") / "lean"
-    options = {"budget": 0.02, "text": text, "context": CONTEXT, "task": str(task), "floor": 0.6, "threads": 2}
+    options = {"budget": 0.02, "text": text, "context": CONTEXT, "task": str(capitals), "floor": 0.6, "threads": 2}
     return sparsify(smollm2_gguf, out=out, **options)
 
 
@@ -107,7 +78,7 @@ def test_the_folder_is_the_model_with_its_plan(result: SparsifyResult, smollm2_g
 
 
 def test_what_cannot_be_done_is_a_sentence_and_nothing_is_written(
-    result: SparsifyResult, smollm2_gguf: Path, text: Path, task: Path, tmp_path: Path
+    result: SparsifyResult, smollm2_gguf: Path, text: Path, capitals: Path, tmp_path: Path
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
@@ -125,7 +96,7 @@ def test_what_cannot_be_done_is_a_sentence_and_nothing_is_written(
         ({"task": "arc_easy"}, "A task needs a floor"),
         ({"floor": 0.4}, "a floor or a limit a task"),
         ({"task": "arc_easy", "floor": 40.0}, "an accuracy from 0 to 1"),
-        ({"task": str(task), "floor": 0.9}, "solves 66.7% of .* below the floor of 90.0%"),
+        ({"task": str(capitals), "floor": 0.9}, "solves 66.7% of .* below the floor of 90.0%"),
     ):
         with pytest.raises(FallowError, match=message) as error:
             sparsify(smollm2_gguf, **{"out": out, "text": text, "context": CONTEXT} | options)
