@@ -144,8 +144,7 @@ void Program::execute(const op::Quantise& o, int index, int, const Part& part) {
     kernels_.quantise(row(o.x, r, part), f, activation_row(o.out, r, part), begin, end);
   });
   if (!o.recorded || record_.inputs == nullptr || begin == end) return;
-  const int bytes = (f.in_features + 7) / 8;
-  record_bits(input_bits(), o.x, f.in_features, 0.f, index, part, std::min(begin * width / 8, bytes), end == f.groups() ? bytes : end * width / 8);
+  record_bits(input_bits(), o.x, f.in_features, 0.f, index, part, begin * width / 8, (end * width + 7) / 8);
 }
 
 void Program::execute(const op::Linear& o, int index, int thread, const Part& part) {

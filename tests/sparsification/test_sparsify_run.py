@@ -29,7 +29,7 @@ CONTEXT = 640
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "source.py"
-    path.write_text(inspect.getsource(random)[:14000] + inspect.getsource(typing)[:14000], encoding="utf-8")
+    path.write_text(inspect.getsource(random)[:3400] + inspect.getsource(typing)[:3400], encoding="utf-8")
     return path
 
 

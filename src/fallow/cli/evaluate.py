@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fallow.cli.options import Dense, Json, Model, Precision, Threads, fetch
+from fallow.cli.options import Dense, Json, Model, Precision, Threads, fetch, plan_of
 from fallow.errors import FallowError
 from fallow.files import decoded
 from fallow.terminal import print_fields, print_json, print_table, progress, spinner
@@ -70,7 +70,7 @@ def _score(
         tokenizer.check_vocabulary(checkpoint.config.vocab_size, model)
         longest = min(window, longest_context(checkpoint.config.rope, checkpoint.config.max_position_embeddings))
         pages = -(-longest // ModelRunner.page_size)
-        plan = (None if is_dense else SparsityPlan.beside(path)) or SparsityPlan.dense()
+        plan = plan_of(is_dense) or SparsityPlan.beside(path) or SparsityPlan.dense()
 
         def runner_of(plan: SparsityPlan) -> ModelRunner:
             return ModelRunner(checkpoint, precision=precision, threads=threads, num_pages=pages, plan=plan)
@@ -97,7 +97,6 @@ def _find_needles(
     from fallow.engine.engine import Engine
     from fallow.engine.sampling import SamplingParams
     from fallow.evaluate.needle import find_needles
-    from fallow.plan import SparsityPlan
 
     path = fetch(model)
     with spinner(f"Loading {model}"):
@@ -107,7 +106,7 @@ def _find_needles(
             threads=threads,
             max_context=context,
             max_num_seqs=4,
-            plan=SparsityPlan.dense() if dense else None,
+            plan=plan_of(dense),
         )
 
     def answers(prompts: list[list[int]], tokens: int) -> list[str]:
@@ -147,7 +146,6 @@ def _solve(
         ) from error
     from fallow.engine.engine import Engine
     from fallow.engine.sampling import SamplingParams
-    from fallow.plan import SparsityPlan
 
     path = fetch(model)
     with spinner(f"Loading {model}"):
@@ -158,7 +156,7 @@ def _solve(
             threads=threads,
             max_num_seqs=8,
             prefix_caching=False,
-            plan=SparsityPlan.dense() if dense else None,
+            plan=plan_of(dense),
         )
 
     def writes(prompts: list[list[int]], how: Writing) -> list[str]:

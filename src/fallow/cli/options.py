@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fallow.terminal import progress
+
+if TYPE_CHECKING:
+    from fallow.plan import SparsityPlan
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -44,6 +47,13 @@ Overrides = Annotated[
 def example(*lines: str) -> str:
     """The end of a command's help: what to type."""
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def plan_of(dense: bool) -> SparsityPlan | None:
+    """The plan that ``--dense`` asks for; None: that beside the model."""
+    from fallow.plan import SparsityPlan
+
+    return SparsityPlan.dense() if dense else None
 
 
 def fetch(model: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fallow.cli.options import DEFAULT_MODEL, Dense, Json, Precision, Speculation, Threads, fetch
+from fallow.cli.options import DEFAULT_MODEL, Dense, Json, Precision, Speculation, Threads, fetch, plan_of
 from fallow.terminal import note, print_json, spinner, write_text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -50,7 +50,6 @@ def run(
     from fallow.cli.conversation import Conversation, chat
     from fallow.engine.engine import Engine
     from fallow.engine.sampling import SamplingParams
-    from fallow.plan import SparsityPlan
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
     fetch(model)
@@ -61,7 +60,7 @@ def run(
             threads=threads,
             max_num_seqs=1,
             speculation=None if speculation == "off" else speculation,
-            plan=SparsityPlan.dense() if dense else None,
+            plan=plan_of(dense),
         )
     try:
         conversation = Conversation(engine, sampling, system=system)

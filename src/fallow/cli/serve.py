@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fallow.cli.options import DEFAULT_MODEL, Dense, Model, Precision, Speculation, Threads, fetch
+from fallow.cli.options import DEFAULT_MODEL, Dense, Model, Precision, Speculation, Threads, fetch, plan_of
 from fallow.terminal import spinner
 
 
@@ -38,7 +38,6 @@ def serve(
     if any(not key.strip() for key in api_key or ()):
         raise typer.BadParameter("--api-key is empty: without a key, leave it out")
 
-    from fallow.plan import SparsityPlan
     from fallow.server import ServerSettings, load_api_keys
 
     api_keys = load_api_keys(api_key or (), api_key_file)
@@ -62,7 +61,7 @@ def serve(
         "max_queue": max_queue,
         "speculation": None if speculation == "off" else speculation,
     }
-    plan = SparsityPlan.dense() if dense else None
+    plan = plan_of(dense)
     if replicas > 1:
         from fallow.server import serve_replicas
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class Judge:
     threads: int | None
     progress: Progress
 
+    @cached_property
     def dense_nll(self) -> float:
         """As ``nll``, of the dense model."""
         return self._nll(self.dense, SparsityPlan.dense())

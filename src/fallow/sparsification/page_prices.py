@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fallow.models.decoder import Decoder, Layer, Rope
 from fallow.models.page_choice import PAGE_SIZE, page_masses
+from fallow.sparsification.stream_error import late_tokens, relative_error, stream_size
 
 COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 """How many pages are tried."""
 SINK_PAGES, RECENT_PAGES = 1, 4
-_QUERIES = 256  # of a window
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def _layer_errors(layer: Layer, x: Tensor, tokens: Tensor, rope: Rope) -> Tensor
     """``[kv_heads, len(COUNTS)]`` of one layer; ``x [1, tokens, hidden]``."""
     q, k, v = layer.queries_keys_values(layer.attention_norm(x), tokens, rope)
     count, kv_heads = k.shape[2], k.shape[1]
-    queries = torch.linspace(count // 2, count - 1, min(_QUERIES, count // 2)).long()
+    queries = late_tokens(count)
     q = q[:, :, queries]
     masses, always = page_masses(q, k, queries, (SINK_PAGES, RECENT_PAGES), layer.attention_scale)
     heads = [
@@ -70,13 +70,13 @@ def _layer_errors(layer: Layer, x: Tensor, tokens: Tensor, rope: Rope) -> Tensor
     exact = [head.reading_all() for head in heads]  # [queries, group * head_dim] each
     stream = x[0, queries]
     dense = layer.attention_post_norm(layer.o_proj(torch.cat(exact, -1)))
-    size = (stream + dense).square().sum(-1)
+    size = stream_size(stream + dense)
     errors = torch.zeros(kv_heads, len(COUNTS), dtype=torch.float64)
     for i, head in enumerate(heads):
         for j, pages in enumerate(COUNTS):
             attended = torch.cat([*exact[:i], head.reading(pages), *exact[i + 1 :]], -1)
             error = layer.attention_post_norm(layer.o_proj(attended)) - dense
-            errors[i, j] = (error.square().sum(-1) / size).double().mean()
+            errors[i, j] = relative_error(error, size)
     return errors
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ from fallow.sparsification.search import Menu, Point, Search, fastest
 from fallow.sparsification.sensitivity import sensitivities
 from fallow.sparsification.text import Windows, cut, texts_of, written_by, written_to_heal
 from fallow.sparsification.vocabulary import OWN_TEXTS, fit_screen, head_rules, screens_head, spared_bytes
-from fallow.sparsification.weight_choices import MOST_SEQUENCES, WeightChoices, can_lie_in_parts
-from fallow.sparsification.weight_prices import PARTS, weight_errors
+from fallow.sparsification.weight_choices import WeightChoices, groups_in_parts
+from fallow.sparsification.weight_prices import weight_errors
 from fallow.terminal import Progress
 
 _SMALLER_BUDGETS = (1.0, 0.5, 0.25)  # of the budget, where plans do not reach the floor of a task
@@ -116,7 +116,7 @@ def sparsify(
     screens = screens_head(checkpoint, load)
     # What training has brought to rest stays at rest.
     beside = SparsityPlan.beside(path) or SparsityPlan.dense()
-    parts = [] if beside.rules("ffn") or beside.rules("input") else _weights_in_parts(checkpoint, precision, load)
+    parts = [] if beside.rules("ffn") or beside.rules("input") else groups_in_parts(checkpoint, precision, load)
     sees_all = None in checkpoint.config.layer_windows
     if not (sees_all or screens or parts):
         raise FallowError("Every layer of the model has a window of its own, and nothing else of it can rest.")
@@ -131,26 +131,23 @@ def sparsify(
         "weights": _digest(checkpoint),
     }
     healing = None if heal is None else Healing.beside(folder, path, heal, context, provenance)
+    judge = Judge(checkpoint, checkpoint, None, (), load, precision, threads, progress)
+    if wanted is not None:
+        _check_floor(judge, wanted, on_note)
     if text is None or screens:
         on_note("The model writes text that it is calibrated on.")
         with Engine(path, precision=precision, threads=threads, plan=SparsityPlan.dense()) as engine:
             windows = written_by(engine, context) if text is None else windows
             own_texts = texts_of(engine, *OWN_TEXTS, seed=1) if screens else []
     start = replace(beside, attention=None, head=head_rules() if screens else None, provenance=provenance)
-    judge = Judge(checkpoint, checkpoint, None, windows.verified, load, precision, threads, progress)
-    if wanted is not None:
-        _check_floor(judge, wanted, on_note)
     decoder = load_decoder(checkpoint, context=context).eval().requires_grad_(False)
     kinds = _kinds(decoder, checkpoint, windows.calibrated, load, parts, precision, threads, progress)
     head_screen = fit_screen(decoder, checkpoint, [*windows.calibrated, *own_texts]) if screens else None
     del decoder
-    menu = Menu(
-        kinds=kinds,
-        weights=describe(checkpoint, precision=precision).bytes_per_token,
-        spared=spared_bytes(checkpoint, precision) if screens else 0.0,
-        keys_and_values=sum(kind.bytes for kind in kinds if isinstance(kind, PageChoices)),
-    )
-    search = Search(replace(judge, head_screen=head_screen), menu, start, on_note)
+    keys_and_values = sum(kind.bytes for kind in kinds if isinstance(kind, PageChoices))
+    read = describe(checkpoint, precision=precision).bytes_per_token + keys_and_values
+    menu = Menu(kinds, read, spared_bytes(checkpoint, precision) if screens else 0.0)
+    search = Search(replace(judge, head_screen=head_screen, windows=windows.verified), menu, start, on_note)
     if healing is not None:
         search = _healed(search, healing, budget, windows, own_texts)
     frontier, found, accuracy = _found(search, budget, healing.price if healing else None, wanted)
@@ -236,14 +233,6 @@ def _healed(
     )
 
 
-def _weights_in_parts(checkpoint: Checkpoint, precision: str, load: Load) -> list[tuple[str, ...]]:
-    """Of which matrices a step can read a part: of each group one at a time."""
-    layers = range(checkpoint.config.num_hidden_layers)
-    groups = (("o_proj",), ("down_proj", "neurons")) if load.batch <= MOST_SEQUENCES else ()
-    lie = {part: any(can_lie_in_parts(checkpoint, precision, layer, part) for layer in layers) for part in PARTS}
-    return [kept for group in groups if (kept := tuple(part for part in group if lie[part]))]
-
-
 def _kinds(  # noqa: PLR0917
     decoder: Decoder,
     checkpoint: Checkpoint,
@@ -263,7 +252,7 @@ def _kinds(  # noqa: PLR0917
     if parts:
         errors = weight_errors(decoder, windows, progress=progress)
         progress("timing weights", 0, None)
-        times = partial(partial_times, threads=threads)
+        times = cache(partial(partial_times, threads=threads))  # layers are alike
         kinds += [WeightChoices.of(group, checkpoint, precision, errors, weighed, times) for group in parts]
     return tuple(kinds)
 

@@ -36,13 +36,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Menu:
-    """All that can be chosen, and what a step of decoding reads: ``weights`` bytes, of which a plan spares some of the
-    head's, and the keys and values among ``kinds``."""
+    """All that can be chosen; a step of decoding reads ``dense`` bytes where nothing rests, and ``spared`` fewer where
+    the head is screened."""
 
     kinds: tuple[Choices, ...]
-    weights: float
+    dense: float
     spared: float
-    keys_and_values: float
 
     def choose(self, price: float) -> list[Int64]:
         """Of each kind the choices that together cost no more than ``price`` (nats a token)."""
@@ -50,8 +49,9 @@ class Menu:
         return unstacked(choose(stacked(prices), stacked(read), price), read)
 
     def speedup(self, chosen: Sequence[Int64]) -> float:
-        dense = self.weights + self.keys_and_values
-        return dense / (dense - self.spared - sum(k.spared(c) for k, c in zip(self.kinds, chosen, strict=True)))
+        return self.dense / (
+            self.dense - self.spared - sum(k.spared(c) for k, c in zip(self.kinds, chosen, strict=True))
+        )
 
     def resting(self, chosen: Sequence[Int64]) -> float:
         total = sum(kind.bytes for kind in self.kinds)
@@ -84,14 +84,13 @@ class Search:
 
     def points(self, budget: float, price: float | None = None) -> list[Point]:
         """What was measured on the way; the first plan is that of ``price`` (nats a token; None: of the budget)."""
-        dense_nll = self.judge.dense_nll()
         allowed = math.log1p(budget)
         price = price or allowed
         points: list[Point] = []
         for _ in range(_MOST_TRIES):
             chosen = self.menu.choose(price)
             plan, resting = self.menu.plan(chosen, self.start), self.menu.resting(chosen)
-            excess = self.judge.nll(plan) - dense_nll
+            excess = self.judge.nll(plan) - self.judge.dense_nll
             points.append(Point(resting, math.exp(excess), self.menu.speedup(chosen), plan, price))
             self.on_note(f"At rest: {self.menu.describe(chosen)}. Perplexity {math.expm1(excess):+.2%}.")
             if _CLOSE * allowed <= excess <= allowed or resting == 0:

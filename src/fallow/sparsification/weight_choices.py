@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from fallow.arrays import Float64, Int64
+from fallow.engine.program import TILE_ROWS
 from fallow.models.info import engine_form, held_bytes
 from fallow.models.resting import obstacle_to_resting_neurons
 from fallow.models.tensors import Checkpoint, RawTensor
 from fallow.plan import LayerRule
-from fallow.sparsification.choices import Choices, Rules
+from fallow.sparsification.choices import Choices, Load, Rules
 from fallow.sparsification.partial_reads import SHARES, Layout
 from fallow.sparsification.weight_prices import PARTS, WeightErrors
 
-MOST_SEQUENCES = 2
-"""Sequences of a step in which columns are skipped: with more of them all are read."""
-_TOGETHER = 16  # rows of a matrix
+_MOST_SEQUENCES = 2  # of a step in which columns are skipped: with more of them all are read
+_GROUPS = (("o_proj",), ("down_proj", "neurons"))  # of each one may rest in a layer
 _READ: dict[str, tuple[tuple[str, Layout], ...]] = {
     "o_proj": (("o_proj", "columns"),),
     "down_proj": (("down_proj", "columns"),),
@@ -50,11 +50,7 @@ class WeightChoices(Choices):
     ) -> WeightChoices:
         """In the layers whose matrices are held in 4 bits. ``sensitivities [layers of the model + 1]`` are nats of an
         error before each layer."""
-        layers = [
-            layer
-            for layer in range(checkpoint.config.num_hidden_layers)
-            if any(can_lie_in_parts(checkpoint, precision, layer, part) for part in parts)
-        ]
+        layers = _layers_in_parts(checkpoint, precision, parts)
         tables = np.zeros((3, len(layers), len(parts) * len(SHARES) + 1))  # read, rests, prices
         for place, layer in enumerate(layers):
             named = {name for part in parts for name, _ in _READ[part]}
@@ -90,12 +86,24 @@ class WeightChoices(Choices):
         return {axis: tuple(rules) for axis, rules in found.items() if rules}
 
 
+def groups_in_parts(checkpoint: Checkpoint, precision: str, load: Load) -> list[tuple[str, ...]]:
+    """Of which weights a step of ``load`` can read a part, in any layer: groups of ``PARTS``."""
+    if load.batch > _MOST_SEQUENCES:
+        return []
+    return [parts for parts in _GROUPS if _layers_in_parts(checkpoint, precision, parts)]
+
+
+def _layers_in_parts(checkpoint: Checkpoint, precision: str, parts: Sequence[str]) -> list[int]:
+    layers = range(checkpoint.config.num_hidden_layers)
+    return [layer for layer in layers if any(can_lie_in_parts(checkpoint, precision, layer, part) for part in parts)]
+
+
 def can_lie_in_parts(checkpoint: Checkpoint, precision: str, layer: int, part: str) -> bool:
     """Whether the engine can read what is at work of one of ``PARTS`` alone, to the dense network's bits."""
     config = checkpoint.config
     names = [name for name, _ in _READ[part]]
     if part == "neurons":
-        fits = config.gated_mlp and config.gate_quantile is None and config.intermediate_size % _TOGETHER == 0
+        fits = config.gated_mlp and config.gate_quantile is None and config.intermediate_size % TILE_ROWS == 0
         if not fits or obstacle_to_resting_neurons(config) is not None:
             return False
         names.append("gate_proj")

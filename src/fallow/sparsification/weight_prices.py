@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from fallow.arrays import Float64
 from fallow.models.decoder import Decoder, Layer
 from fallow.sparsification.partial_reads import SHARES
+from fallow.sparsification.stream_error import late_tokens, relative_error, stream_size
 
 PARTS = ("o_proj", "down_proj", "neurons")
 """Inputs of two linear layers (TEAL, arXiv 2408.14690), and neurons by their gates (CATS, arXiv 2404.08763)."""
-_TOKENS = 256  # of a window
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,17 @@ def weight_errors(
 
 @dataclass(frozen=True)
 class _Values:
-    """What goes into a linear layer, ``[tokens, width]``, of which ``sizes`` says what may rest; ``project`` is what
-    comes of it in the residual ``stream`` ``[tokens, hidden]``."""
+    """What goes into a linear layer, ``[tokens, width]``, of which ``sizes`` says what may rest. ``project`` is what
+    comes of it, ``dense`` of all of it ``[tokens, hidden]``, in a residual stream of ``stream_size [tokens]``."""
 
     inputs: Tensor
     sizes: Tensor
-    stream: Tensor
     project: Callable[[Tensor], Tensor]
+    dense: Tensor
+    stream_size: Tensor
 
     def error(self, rests: Tensor) -> float:
-        error = self.project(self.inputs.masked_fill(rests, 0)) - self.project(self.inputs)
-        return float((error.square().sum(-1) / self.stream.square().sum(-1)).double().mean())
+        return relative_error(self.project(self.inputs.masked_fill(rests, 0)) - self.dense, self.stream_size)
 
 
 class _Watched:
@@ -108,8 +108,7 @@ class _Watched:
 
     def parts(self, x: Tensor, output: Tensor) -> list[_Values | None]:
         """Of some tokens of a pass, in the order of ``PARTS``; ``x`` and ``output`` are ``[1, tokens, hidden]``."""
-        layer, count = self._layer, x.shape[1]
-        chosen = torch.linspace(count // 2, count - 1, min(_TOKENS, count // 2)).long()
+        layer, chosen = self._layer, late_tokens(x.shape[1])
         seen = {name: values[chosen] for name, values in self._seen.items()}
         self._seen.clear()
 
@@ -122,12 +121,10 @@ class _Watched:
             return out
 
         attended, neurons = seen["o_proj"], seen["down_proj"]
-        after = output[0, chosen]
-        parts: list[_Values | None] = [
-            _Values(attended, attended.abs(), x[0, chosen] + attend(attended), attend),
-            _Values(neurons, neurons.abs(), after, feed),
-            None,
-        ]
+        added = attend(attended)
+        of_attention = _Values(attended, attended.abs(), attend, added, stream_size(x[0, chosen] + added))
+        of_network = _Values(neurons, neurons.abs(), feed, feed(neurons), stream_size(output[0, chosen]))
+        by_gates = None
         if "gates" in seen and layer.gate_quantile is None:
-            parts[-1] = _Values(neurons, layer.activation(seen["gates"]).abs(), after, feed)
-        return parts
+            by_gates = replace(of_network, sizes=layer.activation(seen["gates"]).abs())
+        return [of_attention, of_network, by_gates]
