@@ -48,7 +48,7 @@ def test_a_mistake_is_a_sentence(recipe_file: Path, override: str, named: str):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["c4-60m", "c4-130m"])
+@pytest.mark.parametrize("name", ["c4-60m", pytest.param("c4-130m", marks=pytest.mark.slow)])
 def test_ten_steps_of_the_c4_recipes(name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Their model but for its vocabulary, their schedule and their optimizers, on a text that is here."""
     monkeypatch.setenv("FALLOW_HOME", str(text.parent / "home"))
