@@ -171,16 +171,18 @@ void bind_program(nb::module_& m) {
           "activation"_a = "silu", "threshold"_a = 0.f)
       .def(
           "rope",
-          [](Program& p, int qkv, int table, int rotary_dim, int q_norm, int k_norm, float eps, int layer) {
-            p.add(op::Rope{qkv, table, rotary_dim, q_norm, k_norm, eps, layer});
+          [](Program& p, int qkv, int table, int rotary_dim, int q_norm, int k_norm, float eps, int layer, std::optional<int> kv_heads) {
+            p.add(op::Rope{qkv, table, rotary_dim, q_norm, k_norm, eps, layer, kv_heads.value_or(p.layout().num_kv_heads)});
           },
-          "qkv"_a, "table"_a, "rotary_dim"_a, nb::kw_only(), "q_norm"_a = -1, "k_norm"_a = -1, "eps"_a = 0.f, "layer"_a)
+          "qkv"_a, "table"_a, "rotary_dim"_a, nb::kw_only(), "q_norm"_a = -1, "k_norm"_a = -1, "eps"_a = 0.f, "layer"_a,
+          "kv_heads"_a = nb::none(), "kv_heads: as many as the layer has of the program's; None: all.")
       .def(
           "attention",
-          [](Program& p, int out, int layer, int window, float scale, int sink_pages, int recent_pages, const std::vector<int>& top_pages) {
-            p.add(op::Attention{out, layer, window, scale, {sink_pages, recent_pages, top_pages}});
+          [](Program& p, int out, int layer, std::optional<int> kv_heads, int window, float scale, int sink_pages, int recent_pages,
+             const std::vector<int>& top_pages) {
+            p.add(op::Attention{out, layer, kv_heads.value_or(p.layout().num_kv_heads), window, scale, {sink_pages, recent_pages, top_pages}});
           },
-          "out"_a, nb::kw_only(), "layer"_a, "window"_a, "scale"_a, "sink_pages"_a = 0, "recent_pages"_a = 0,
+          "out"_a, nb::kw_only(), "layer"_a, "kv_heads"_a = nb::none(), "window"_a, "scale"_a, "sink_pages"_a = 0, "recent_pages"_a = 0,
           "top_pages"_a = std::vector<int>{})
       .def("add", [](Program& p, int x, int out) { p.add(op::Add{x, out}); }, "x"_a, "out"_a)
       .def(

@@ -188,14 +188,15 @@ void Program::execute(const op::Linear& o, int index, int thread, const Part& pa
 }
 
 void Program::execute(const op::Rope& o, int, int, const Part& part) {
-  const size_t stride = static_cast<size_t>(layout_.num_heads) * layout_.padded_dim();
+  const KvLayout heads = layout(o.kv_heads);
+  const size_t stride = static_cast<size_t>(heads.num_heads) * heads.padded_dim();
   const auto norm = [&](int v) { return v < 0 ? nullptr : vectors_[v].data(); };
   fetching_ahead(o.qkv, 0, buffers_[o.qkv].width, part, [&](int r) {
     const auto page_of = [&](int i) {
       return page(o.layer, step_.page_table[static_cast<size_t>(row_sequence_[i]) * step_.table_width + row_position_[i] / page_size]);
     };
     const int next = std::min(r + 1, part.end - 1);
-    kernels_.rope({layout_, row_position_[r], vectors_[o.table].data(), o.rotary_dim, norm(o.q_norm), norm(o.k_norm), o.eps, row(o.qkv, r, part),
+    kernels_.rope({heads, row_position_[r], vectors_[o.table].data(), o.rotary_dim, norm(o.q_norm), norm(o.k_norm), o.eps, row(o.qkv, r, part),
                    queries_.as<uint16_t>() + r * stride, page_of(r), page_of(next), row_position_[next]});
   });
 }

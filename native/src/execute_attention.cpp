@@ -90,8 +90,9 @@ PagesAhead Program::pages_ahead(int index, int thread) const {
 }
 
 AttentionTask Program::attention_task(const op::Attention& o, const AttentionItem& item) const {
-  const size_t stride = static_cast<size_t>(layout_.num_heads) * layout_.padded_dim();
-  return {layout_,
+  const KvLayout heads = layout(o.kv_heads);
+  const size_t stride = static_cast<size_t>(heads.num_heads) * heads.padded_dim();
+  return {heads,
           queries_.as<uint16_t>() + item.row * stride,
           stride,
           item.kv_head,
@@ -118,12 +119,13 @@ void Program::list_full_pages() {
 }
 
 void Program::summarise_pages(const op::Attention& o, int thread) {
-  const int count = static_cast<int>(full_pages_.size()) * layout_.num_kv_heads;
+  const KvLayout heads = layout(o.kv_heads);
+  const int count = static_cast<int>(full_pages_.size()) * heads.num_kv_heads;
   for (int i = share(count, thread); i < share(count, thread + 1); ++i) {
-    const int number = full_pages_[i / layout_.num_kv_heads];
-    const int head = i % layout_.num_kv_heads;
-    uint16_t* summary = summaries(o.layer) + (static_cast<size_t>(number) * layout_.num_kv_heads + head) * layout_.summary_elements();
-    kernels_.summarise(layout_, layout_.keys(page(o.layer, number), head), summary);
+    const int number = full_pages_[i / heads.num_kv_heads];
+    const int head = i % heads.num_kv_heads;
+    uint16_t* summary = summaries(o.layer) + (static_cast<size_t>(number) * heads.num_kv_heads + head) * heads.summary_elements();
+    kernels_.summarise(heads, heads.keys(page(o.layer, number), head), summary);
   }
 }
 
@@ -140,10 +142,11 @@ void Program::choose_pages(const op::Attention& o, int index, int row, int kv_he
   };
   choose(low, first);
   choose(end, own + 1);
-  const int group = layout_.num_heads / layout_.num_kv_heads;
-  const size_t padded_dim = layout_.padded_dim();
-  kernels_.choose_pages({layout_,
-                         queries_.as<uint16_t>() + (static_cast<size_t>(row) * layout_.num_heads + static_cast<size_t>(kv_head) * group) * padded_dim,
+  const KvLayout heads = layout(o.kv_heads);
+  const int group = heads.num_heads / heads.num_kv_heads;
+  const size_t padded_dim = heads.padded_dim();
+  kernels_.choose_pages({heads,
+                         queries_.as<uint16_t>() + (static_cast<size_t>(row) * heads.num_heads + static_cast<size_t>(kv_head) * group) * padded_dim,
                          kv_head,
                          o.scale,
                          summaries(o.layer),
@@ -172,7 +175,7 @@ const uint16_t* Program::first_keys(const op::Attention& o, const AttentionItem&
   const int number = segment * segment_pages + (pages == 0 ? 0 : __builtin_ctz(pages));
   if (pages == 0 || number * page_size >= item.first_position + item.rows) return nullptr;
   uint8_t* p = page(o.layer, step_.page_table[static_cast<size_t>(item.sequence) * step_.table_width + number]);
-  return layout_.keys(p, item.kv_head);
+  return layout(o.kv_heads).keys(p, item.kv_head);
 }
 
 void Program::attend(const op::Attention& o, const AttentionItem& item, ThreadScratch& scratch) {
@@ -201,6 +204,7 @@ void Program::attend(const op::Attention& o, const AttentionItem& item, ThreadSc
 
 void Program::attend_segment(const op::Attention& o, int index, ThreadScratch& scratch) {
   const AttentionItem& item = items_[index];
+  if (item.kv_head >= o.kv_heads) return;
   const auto [begin, end] = segments_of(item.first_position, item.rows, o.window);
   if (item.segment < begin || item.segment >= end) return;
   if (read_pages(o, item, item.segment) == 0) {
@@ -210,7 +214,7 @@ void Program::attend_segment(const op::Attention& o, int index, ThreadScratch& s
   }
   AttentionTask task = attention_task(o, item);
   const size_t next = index + (chooses(o) ? 1 : pool_.size());  // likely this thread's
-  if (next < items_.size() && items_[next].segment >= 0) task.next_keys = first_keys(o, items_[next], items_[next].segment);
+  if (next < items_.size() && items_[next].segment >= 0 && items_[next].kv_head < o.kv_heads) task.next_keys = first_keys(o, items_[next], items_[next].segment);
   kernels_.attention(task, item.segment, split_partials_.data() + item.partial,
                      split_values_.as<float>() + static_cast<size_t>(item.partial) * layout_.padded_dim(), scratch.scores.as<float>());
 }
@@ -240,9 +244,9 @@ void Program::execute(const op::Attention& o, int index, int thread, const Part&
     pool_.barrier();
   }
   if (chooses && !merges_.empty()) {  // items are parts of what a row reads: it is chosen before
-    const int choices = step_.num_tokens * layout_.num_kv_heads;
+    const int choices = step_.num_tokens * o.kv_heads;
     for (int i = share(choices, thread); i < share(choices, thread + 1); ++i) {
-      choose_pages(o, index, i / layout_.num_kv_heads, i % layout_.num_kv_heads, scratch);
+      choose_pages(o, index, i / o.kv_heads, i % o.kv_heads, scratch);
     }
     pool_.barrier();
   }
@@ -255,6 +259,7 @@ void Program::execute(const op::Attention& o, int index, int thread, const Part&
         attend_segment(o, i, scratch);
         continue;
       }
+      if (items_[i].kv_head >= o.kv_heads) continue;
       if (chooses && merges_.empty()) {
         for (int r = 0; r < items_[i].rows; ++r) choose_pages(o, index, items_[i].row + r, items_[i].kv_head, scratch);
       }
@@ -263,7 +268,9 @@ void Program::execute(const op::Attention& o, int index, int thread, const Part&
   }
   if (merges_.empty()) return;
   pool_.barrier();
-  for (size_t i = thread; i < merges_.size(); i += pool_.size()) merge_segments(o, merges_[i], scratch);
+  for (size_t i = thread; i < merges_.size(); i += pool_.size()) {
+    if (merges_[i].kv_head < o.kv_heads) merge_segments(o, merges_[i], scratch);
+  }
 }
 
 }  // namespace fallow

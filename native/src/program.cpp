@@ -90,8 +90,6 @@ void Program::finish(int logits_buffer) {
   const auto vector_of = [&](int v, int least) {
     require(static_cast<int>(vectors_.at(v).size()) >= least, "a vector is shorter than its operation needs");
   };
-  const int heads_width = layout_.num_heads * layout_.head_dim;
-  const int qkv_width = heads_width + 2 * layout_.num_kv_heads * layout_.head_dim;
   std::vector<int> buffer_kind(buffers_.size(), -1);
   std::vector<int> activation_kind(activations_.size(), -1);
   int kind = 0;
@@ -168,7 +166,9 @@ void Program::finish(int logits_buffer) {
             [&](const op::Rope& o) {
               use(buffer_kind, o.qkv);
               require(kind == 0, "rope: before the gather");
-              require(width(o.qkv) >= qkv_width, "rope: the buffer is too narrow");
+              require(o.kv_heads > 0 && o.kv_heads <= layout_.num_kv_heads, "rope: a layer has from one to all of the KV heads");
+              const KvLayout heads = layout(o.kv_heads);
+              require(width(o.qkv) >= (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, "rope: the buffer is too narrow");
               require(o.rotary_dim > 0 && o.rotary_dim % 2 == 0 && o.rotary_dim <= layout_.head_dim, "rope: rotary_dim must be even and at most head_dim");
               require(vectors_.at(o.table).size() >= static_cast<size_t>(limits_.max_positions) * o.rotary_dim, "rope: the table is too short");
               if (o.q_norm >= 0) vector_of(o.q_norm, layout_.head_dim);
@@ -178,11 +178,12 @@ void Program::finish(int logits_buffer) {
             [&](const op::Attention& o) {
               use(buffer_kind, o.out);
               require(kind == 0, "attention: before the gather");
-              require(width(o.out) >= heads_width, "attention: the buffer is too narrow");
+              require(o.kv_heads > 0 && o.kv_heads <= layout_.num_kv_heads, "attention: a layer has from one to all of the KV heads");
+              require(width(o.out) >= layout(o.kv_heads).num_heads * layout_.head_dim, "attention: the buffer is too narrow");
               require(o.layer >= 0 && o.layer < num_layers_ && o.window >= 0, "attention: no such layer or window");
               const PageChoice& c = o.choice;
               if (c.top.empty()) return;
-              require(static_cast<int>(c.top.size()) == layout_.num_kv_heads, "attention: pages are chosen for each KV head");
+              require(static_cast<int>(c.top.size()) == o.kv_heads, "attention: pages are chosen for each KV head");
               require(c.recent > 0 && c.sinks >= 0, "attention: a query's own page is always read");
               for (const int top : c.top) require(top >= 0, "attention: fewer than no pages");
               chooses_pages_ = true;

@@ -63,13 +63,13 @@ struct Linear {
   Activation activation = Activation::silu;
   float threshold = 0.f;
 };
-struct Rope {
+struct Rope {  // kv_heads: those that the layer has, each with its queries
   int qkv, table, rotary_dim, q_norm, k_norm;  // norms: vector or -1
   float eps;
-  int layer;
+  int layer, kv_heads;
 };
 struct Attention {
-  int out, layer, window;
+  int out, layer, kv_heads, window;
   float scale;
   PageChoice choice = {};
 };
@@ -195,6 +195,8 @@ class Program {
   const PackedLinear& weights(int i) const { return *weights_.at(i); }
   const Limits& limits() const { return limits_; }
   const KvLayout& layout() const { return layout_; }
+  // Of a layer that has so many KV heads: its pages and queries begin where others do, and are as much smaller.
+  KvLayout layout(int kv_heads) const { return {layout_.num_heads / layout_.num_kv_heads * kv_heads, kv_heads, layout_.head_dim}; }
   // Since the program began: rows that were screened, tiles of the head that were computed for them, and how many of the
   // rows needed more than their shortlist.
   struct HeadCounts {

@@ -95,12 +95,14 @@ class Program:
         k_norm: int = -1,
         eps: float = 0.0,
         layer: int,
+        kv_heads: int | None = None,
     ) -> None: ...
     def attention(
         self,
         out: int,
         *,
         layer: int,
+        kv_heads: int | None = None,
         window: int,
         scale: float,
         sink_pages: int = 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
     "input": {"threshold": ("threshold",)},
     "attention": {"top_pages": ("sink_pages", "recent_pages", "top_pages")},
     "head": {"screen": ("rank", "candidates")},
-    "structure": {"removed": ("heads", "neurons")},
+    "structure": {"removed": ()},
 }
 AXES = tuple(RULES)
 
@@ -32,7 +32,8 @@ AXES = tuple(RULES)
 class LayerRule:
     """What may rest in one layer (``layer=None``: in the model as a whole) and by which rule.
 
-    ``target`` names one linear layer (``o_proj``) where the axis has several. ``parameters`` are the rule's numbers.
+    ``target`` names a part of the layer (``o_proj``, ``kv_head.0``) where the axis has several. ``parameters`` are the
+    rule's numbers.
     """
 
     rule: str
@@ -89,15 +90,6 @@ class SparsityPlan:
             name = axis if axis == "head" else f"{axis} in {where}"
             parts += [name] if rules else []
         return ", ".join(parts) or None
-
-    def require_axes(self, known: Collection[str]) -> None:
-        """Raises ``FallowError`` where something may rest on another axis, which cannot be run yet."""
-        axes = [axis for axis in AXES if self.rules(axis) and axis not in known]
-        if axes:
-            raise FallowError(
-                f"The plan lets parts rest on the axis {', '.join(axes)}, which this version of fallow cannot run: "
-                "use the model without the plan."
-            )
 
     def to_json(self) -> dict[str, Any]:
         axes = {axis: [_rule_json(rule) for rule in self.rules(axis)] for axis in AXES if self.rules(axis)}

@@ -23,7 +23,6 @@ from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError, OverloadedError, RequestError
 from fallow.models.chat_template import ChatTemplate
 from fallow.models.tokenizer import Tokenizer
-from fallow.plan import LayerRule, SparsityPlan
 
 TOKENIZER = byte_tokenizer()
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -265,20 +264,6 @@ def test_a_prompt_with_a_token_beyond_the_model_is_refused() -> None:
                 engine.generate([prompt])
             assert error.value.param == "prompt"
         assert engine.generate("what is it?", GREEDY)[0].outputs[0].token_ids
-
-
-UNKNOWN = SparsityPlan(structure=(LayerRule("removed", 0, parameters={"heads": 1, "neurons": 8}),))
-
-
-def test_a_plan_that_cannot_be_run_is_refused() -> None:
-    with pytest.raises(FallowError, match="cannot run"):
-        Engine(plan=UNKNOWN)
-
-
-def test_a_plan_beside_the_weights_counts(tmp_path: Path) -> None:
-    UNKNOWN.save(tmp_path / "plan.json")
-    with pytest.raises(FallowError, match="cannot run"):
-        Engine(tmp_path)
 
 
 def test_chat_needs_a_template(start: Callable[..., Engine]) -> None:

@@ -65,6 +65,27 @@ def inputs(threshold: float, *targets: str) -> tuple[LayerRule, ...]:
     return tuple(LayerRule("threshold", None, target, {"threshold": threshold}) for target in targets)
 
 
+def removed(*targets: str, layer: int | None = None) -> tuple[LayerRule, ...]:
+    return tuple(LayerRule("removed", layer, target) for target in targets)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        SparsityPlan(structure=removed("kv_head.1", "neurons.0", "neurons.47", "neurons.20", layer=17)),
+        SparsityPlan(structure=(*removed("attention", layer=4), *removed("ffn", layer=3))),
+        SparsityPlan(structure=removed("attention", "kv_head.0", layer=29)),
+        SparsityPlan(structure=removed("kv_head.0", "kv_head.2", layer=29), attention=CHOSEN.attention),
+        SparsityPlan(structure=removed("neurons.7", layer=5), ffn=(LayerRule("top_k", 5, parameters={"k": 300}),)),
+    ],
+    ids=["heads and neurons", "blocks", "the last attention", "heads that read pages", "neurons, of which some rest"],
+)
+def test_the_reference_and_the_engine_do_without_the_same_parts(smollm2_gguf: Path, plan: SparsityPlan) -> None:
+    engine, dense = divergences(smollm2_gguf, plan, count=200, first=20)
+    assert dense > 0.02
+    assert dense > 10 * engine
+
+
 @pytest.mark.parametrize(
     "plan",
     [

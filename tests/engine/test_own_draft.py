@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lean_model import HEAD
 from reference_runner import ReferenceRunner, byte_tokenizer
 from test_same_bits import MAX_NUM_SEQS, Run, random_requests
 from test_scheduler import SIZE, Bench
@@ -266,6 +267,7 @@ def test_the_bits_of_the_dense_model_in_any_batch(
             ),
             "below a threshold",
         ),
+        (SparsityPlan(structure=(LayerRule("removed", 4, "attention"),), head=HEAD), "takes parts out"),
     ],
 )
 def test_a_model_that_has_nothing_to_draft_with_is_refused(plan: SparsityPlan | None, message: str) -> None:

@@ -91,10 +91,14 @@ NEURONS = SparsityPlan(
     ffn=(LayerRule("threshold", parameters={"threshold": 0.1}),),
     input=tuple(LayerRule("threshold", None, target, {"threshold": 0.1}) for target in ("o_proj", "down_proj")),
     attention=PAGES.attention,
+    structure=tuple(
+        LayerRule("removed", layer, target)
+        for layer, target in ((5, "kv_head.1"), (5, "neurons.3"), (7, "attention"), (9, "ffn"), (29, "kv_head.0"))
+    ),
 )
 
 
-@pytest.mark.parametrize("plan", [None, NEURONS], ids=["dense", "pages, neurons and inputs"])
+@pytest.mark.parametrize("plan", [None, NEURONS], ids=["dense", "every axis"])
 def test_the_same_bits_alone_and_in_shuffled_batches(start_engine: Any, plan: SparsityPlan | None) -> None:
     engine = start_engine(pages=64, max_num_seqs=MAX_NUM_SEQS, prefix_caching=False, plan=plan)
     requests = random_requests(engine.tokenizer.vocab_size)

@@ -136,11 +136,6 @@ def test_heads_that_cannot_be_screened_are_a_sentence(
     assert "\n" not in str(error.value)
 
 
-def test_an_axis_that_nothing_can_run_yet_is_refused(config: ModelConfig) -> None:
-    with pytest.raises(FallowError, match="axis structure"):
-        resting(SparsityPlan(structure=(LayerRule("removed", 0, parameters={"heads": 1, "neurons": 8}),)), config)
-
-
 def test_inputs_that_rest(config: ModelConfig) -> None:
     rules = (
         LayerRule("threshold", None, "o_proj", {"threshold": 0.1}),

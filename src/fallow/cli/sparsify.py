@@ -40,6 +40,7 @@ def sparsify(
         str | None, typer.Option(metavar="SHARE", help="Of its answers that must be right, as 40% or 0.4.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of the TASK at most.", show_default="all")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Heads and neurons may also be taken out for good.")] = False,
     precision: Precision = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -48,7 +49,8 @@ def sparsify(
 
     It looks at the pages of the KV cache that each KV head reads, at a screen that tells which words of the vocabulary
     are worth computing, and, where weights have 4 bits, at small inputs of linear layers and neurons with small gates,
-    by what they spare on this machine. A healing that was stopped goes on when the same command is given again.
+    by what they spare on this machine; with --remove also at heads and neurons that can go. A healing that was stopped
+    goes on when the same command is given again.
     """
     share = _share(budget, "--budget")
     least = None if floor is None else _share(floor, "--floor")
@@ -68,6 +70,7 @@ def sparsify(
             task=task,
             floor=least,
             limit=limit,
+            remove=remove,
             precision=precision,
             threads=threads,
             on_note=note,

@@ -40,7 +40,6 @@ from fallow.engine.trace import Trace
 from fallow.errors import FallowError, RequestError
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.config import ModelConfig
-from fallow.models.resting import AXES
 from fallow.models.rope import longest_context
 from fallow.models.store import resolve
 from fallow.models.tokenizer import Tokenizer, load_tokenizer
@@ -93,8 +92,6 @@ class Engine:
         _check_options(max_num_seqs, prefill_chunk, max_queue, max_context, speculation)
         path = resolve(model)
         plan = plan or SparsityPlan.beside(path)
-        if plan is not None:
-            plan.require_axes(AXES)
         if speculation == "self":
             require_own_drafts(plan, _name_of(model))
         # The native core is loaded here: ``over`` does not need it.

@@ -57,6 +57,11 @@ def require_own_drafts(plan: SparsityPlan | None, model: str) -> None:
             f"speculation 'self' drafts under a plan with the axis attention or head, which {model} does not have: "
             "make one with fallow sparsify, or leave speculation out."
         )
+    if plan.rules("structure"):
+        raise FallowError(
+            f"speculation 'self' verifies with the dense model, of which the plan of {model} takes parts out (the axis "
+            "structure): take that axis out of the plan, or leave speculation out."
+        )
     if any(rule.rule != "zeros" for rule in plan.rules("ffn")):
         raise FallowError(
             f"speculation 'self' verifies with the dense model, but the plan of {model} lets neurons rest below a "

@@ -1,8 +1,8 @@
 """A decoder laid out as a native program: which operations run on which buffers, once for every step.
 
 A new architecture is another function here. A plan's axis ``attention`` is part of the attention operation, ``ffn``
-another feed-forward network, ``head`` another head. Where the others will go: ``input`` at any linear, ``structure`` in
-the shapes that the checkpoint brings.
+another feed-forward network, ``input`` a threshold where a linear's inputs are rounded, ``head`` another head, and
+``structure`` lies in the shapes that the checkpoint brings.
 """
 
 from __future__ import annotations
@@ -168,8 +168,7 @@ class DecoderProgram:
         self._x = program.buffer(config.hidden_size)
         self._branch = program.buffer(config.hidden_size) if config.post_norms else -1
         self._attended = program.buffer(config.num_attention_heads * config.head_dim)
-        self._inner = program.buffer(config.intermediate_size)
-        self._gate_up: tuple[int, int] | None = None
+        self._networks: dict[tuple[str, int], int] = {}
         self._kept: int | None = None
         self._activations: dict[tuple[object, ...], int] = {}
 
@@ -225,9 +224,14 @@ class DecoderProgram:
     def _attention(self, layer: int) -> None:
         config, program, builder = self._config, self._program, self._builder
         name = f"layers.{layer}."
-        width = config.num_key_value_heads * config.head_dim
-        rows = {"q_proj": config.num_attention_heads * config.head_dim, "k_proj": width, "v_proj": width}
-        parts = [name + part for part in rows]
+        is_last = layer == config.num_hidden_layers - 1
+        heads = builder.rests[layer].kept.kv_heads
+        if heads == ():
+            if is_last:
+                self._keep_logit_rows()
+            return
+        parts = [name + part for part in ("q_proj", "k_proj", "v_proj")]
+        rows = {part: builder.checkpoint.tensors[part].shape[0] for part in parts}
         groups = [parts] if builder.packs_together(parts) else [[part] for part in parts]
         matrices = [builder.weights(group) for group in groups]
         biases = [self._bias(group) for group in groups]
@@ -235,10 +239,10 @@ class DecoderProgram:
         column = 0
         for group, weights, activations, bias in zip(groups, matrices, inputs, biases, strict=True):
             program.linear(activations, weights, self._qkv, bias=bias, column=column)
-            column += sum(rows[part.removeprefix(name)] for part in group)
+            column += sum(rows[part] for part in group)
         if layer in config.value_embedding_layers:
             table = builder.weights([name + "value_embeddings"], vocabulary=True)
-            program.embed(table, self._qkv, column=column - width, add=True)  # values are the last columns
+            program.embed(table, self._qkv, column=column - rows[parts[-1]], add=True)  # values are the last columns
         window = config.layer_windows[layer]
         local = window is not None and config.rope_local is not None
         rope = config.rope_local if local and config.rope_local is not None else config.rope
@@ -250,33 +254,39 @@ class DecoderProgram:
             k_norm=builder.vector(name + "k_norm"),
             eps=config.rms_norm_eps,
             layer=layer,
+            kv_heads=None if heads is None else len(heads),
         )
         rule = builder.rests[layer].pages or PageRule(0, 0, ())
         program.attention(
             self._attended,
             layer=layer,
+            kv_heads=None if heads is None else len(heads),
             window=window or 0,
             scale=config.attention_scale,
             sink_pages=rule.sink_pages,
             recent_pages=rule.recent_pages,
-            top_pages=rule.top_pages,
+            top_pages=[rule.top_pages[head] for head in heads] if heads and rule.top_pages else rule.top_pages,
         )
-        if layer == config.num_hidden_layers - 1:
+        if is_last:
+            attended = self._attended
             self._keep_logit_rows()
+            program.gather(attended, self._attended)
         self._project(self._attended, layer, "o_proj", name + "attention_post_norm")
 
     def _keep_logit_rows(self) -> None:
         """Go on with the rows whose logits are wanted: no layer will see the others any more."""
-        x, attended = self._x, self._attended
+        x = self._x
         self._make_buffers()
         self._program.gather(x, self._x)
-        self._program.gather(attended, self._attended)
 
     def _feed_forward(self, layer: int) -> None:
         name = f"layers.{layer}."
+        if self._builder.rests[layer].kept.neurons == ():
+            return
         threshold = self._builder.rests[layer].neurons
         parts = [name + part for part in ("gate_proj", "up_proj", "down_proj")]
-        lie_by_rows = self._config.gated_mlp and self._config.intermediate_size % TILE_ROWS == 0
+        inner = self._inner(name)
+        lie_by_rows = self._config.gated_mlp and self._width(name) % TILE_ROWS == 0
         if threshold is not None and lie_by_rows and self._builder.keeps_4_bits(parts):
             self._rows_at_work(layer, threshold)
         elif threshold is not None:
@@ -288,37 +298,42 @@ class DecoderProgram:
             weights = self._builder.weights([name + "up_proj"])
             (activations,) = self._normed(self._x, name + "ffn_norm", [weights])
             bias = self._bias([name + "up_proj"])
-            self._program.linear(activations, weights, self._inner, bias=bias, epilogue=self._config.hidden_act)
-        self._project(self._inner, layer, "down_proj", name + "ffn_post_norm")
+            self._program.linear(activations, weights, inner, bias=bias, epilogue=self._config.hidden_act)
+        self._project(inner, layer, "down_proj", name + "ffn_post_norm")
+
+    def _width(self, name: str) -> int:
+        """How many neurons a layer's feed-forward network has."""
+        return self._builder.checkpoint.tensors[name + "up_proj"].shape[0]
+
+    def _inner(self, name: str, what: str = "neurons") -> int:
+        """A buffer for something of each neuron; networks of one width have it in common."""
+        key = what, self._width(name)
+        if key not in self._networks:
+            self._networks[key] = self._program.buffer(key[1])
+        return self._networks[key]
 
     def _gated(self, name: str) -> None:
         config, program, builder = self._config, self._program, self._builder
         parts = [name + "gate_proj", name + "up_proj"]
         plain = not config.mlp_bias and config.gate_quantile is None
-        if plain and builder.packs_together(parts) and config.intermediate_size % 16 == 0:
+        if plain and builder.packs_together(parts) and self._width(name) % TILE_ROWS == 0:
             weights = builder.weights(parts, interleave=True)
             (activations,) = self._normed(self._x, name + "ffn_norm", [weights])
-            program.linear(activations, weights, self._inner, epilogue=_GATES[config.hidden_act])
+            program.linear(activations, weights, self._inner(name), epilogue=_GATES[config.hidden_act])
         else:
-            gate_up = self._gates_and_ups()
+            gate_up = self._inner(name, "gates"), self._inner(name, "ups")
             matrices = [builder.weights([part]) for part in parts]
             inputs = self._normed(self._x, name + "ffn_norm", matrices)
             for part, weights, activations, out in zip(parts, matrices, inputs, gate_up, strict=True):
                 program.linear(activations, weights, out, bias=self._bias([part]))
             if config.gate_quantile is not None:
                 program.above_threshold(gate_up[0], config.gate_quantile)
-            program.gate(*gate_up, self._inner, activation=config.hidden_act)
-
-    def _gates_and_ups(self) -> tuple[int, int]:
-        if self._gate_up is None:
-            width = self._config.intermediate_size
-            self._gate_up = (self._program.buffer(width), self._program.buffer(width))
-        return self._gate_up
+            program.gate(*gate_up, self._inner(name), activation=config.hidden_act)
 
     def _keep_largest(self, x: int, layer: int) -> None:
         """Of gates, or of the values of neurons without gates, where a plan says how many work at most."""
         most = self._builder.rests[layer].most_neurons
-        if most is not None and most < self._config.intermediate_size:
+        if most is not None and most < self._width(f"layers.{layer}."):
             activation = self._config.hidden_act if self._config.gated_mlp else "relu"  # values of ReLU² stay
             self._program.keep_largest(x, most, activation=activation)
 
@@ -327,7 +342,7 @@ class DecoderProgram:
         what the dense network computes, with zeros for the others."""
         config, program, builder = self._config, self._program, self._builder
         name = f"layers.{layer}."
-        gates, _ = self._gates_and_ups()
+        gates = self._inner(name, "gates")
         gate, up = name + "gate_proj", name + "up_proj"
         matrices = [builder.weights([gate]), builder.weights([up], layout="rows")]
         inputs = self._normed(self._x, name + "ffn_norm", matrices)
@@ -338,7 +353,7 @@ class DecoderProgram:
         program.linear(
             inputs[1],
             matrices[1],
-            self._inner,
+            self._inner(name),
             bias=self._bias([up]),
             gates=gates,
             activation=config.hidden_act,
@@ -350,7 +365,7 @@ class DecoderProgram:
         config, program, builder = self._config, self._program, self._builder
         name = f"layers.{layer}."
         resting_input = builder.rests[layer].inputs.get("down_proj", 0.0)
-        gated = config.gated_mlp
+        gated, inner = config.gated_mlp, self._inner(name)
         gate, up = (name + "gate_proj", name + "up_proj") if gated else (None, None)
         rounds = self._rounds_gates and builder.rests[layer].most_neurons is None
         rounded = gate is not None and rounds and builder.keeps_floats([gate])
@@ -360,16 +375,16 @@ class DecoderProgram:
         kept = self._kept_rows() if gated else -1
         program.norm_quantise(self._x, builder.vector(name + "ffn_norm"), [activations], config.rms_norm_eps, kept=kept)
         if not gated:
-            program.linear(activations, weights, self._inner, epilogue=config.hidden_act)
-            self._keep_largest(self._inner, layer)
-            program.spread(self._inner, neurons, self._x, threshold=max(threshold, resting_input))
+            program.linear(activations, weights, inner, epilogue=config.hidden_act)
+            self._keep_largest(inner, layer)
+            program.spread(inner, neurons, self._x, threshold=max(threshold, resting_input))
             return
-        program.linear(activations, weights, self._inner)
+        program.linear(activations, weights, inner)
         if config.gate_quantile is not None:
-            program.above_threshold(self._inner, config.gate_quantile)
-        self._keep_largest(self._inner, layer)
-        program.neurons(kept, self._inner, neurons, activation=config.hidden_act, threshold=threshold)
-        program.spread(self._inner, neurons, self._x, threshold=resting_input)
+            program.above_threshold(inner, config.gate_quantile)
+        self._keep_largest(inner, layer)
+        program.neurons(kept, inner, neurons, activation=config.hidden_act, threshold=threshold)
+        program.spread(inner, neurons, self._x, threshold=resting_input)
 
     @property
     def _rounds_gates(self) -> bool:
@@ -393,7 +408,8 @@ class DecoderProgram:
         weights = builder.weights([name], layout="columns" if by_columns else "tiles")
         activations = self._activation(weights)
         if part in rests.inputs:
-            builder.inputs.append((layer, part, builder.checkpoint.tensors[name].shape[1]))
+            attended = config.num_attention_heads * config.head_dim
+            builder.inputs.append((layer, part, attended if part == "o_proj" else config.intermediate_size))
         program.quantise(x, activations, threshold=threshold or 0.0, recorded=part in rests.inputs)
         if not config.post_norms:
             program.linear(activations, weights, self._x, bias=self._bias([name]), epilogue="add")

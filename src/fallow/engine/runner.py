@@ -17,6 +17,7 @@ from fallow.errors import FallowError, ModelFileError
 from fallow.models.head_screen import HeadScreen
 from fallow.models.resting import resting, screen_rule
 from fallow.models.rope import longest_context
+from fallow.models.structure import without_removed
 from fallow.models.tensors import Checkpoint
 from fallow.plan import SparsityPlan
 
@@ -86,6 +87,7 @@ class ModelRunner:
             rests, rule = resting(plan, config), screen_rule(plan, config)
             if rule is not None:
                 head_screen = head_screen or HeadScreen.beside(checkpoint)
+            checkpoint = without_removed(checkpoint, [layer.kept for layer in rests])
             builder = ProgramBuilder(self._program, checkpoint, precision, rests, rule, head_screen)
             layout_of(config)(builder, self.max_context)
             self._program.centre(_centring_tokens(config.vocab_size, min(self.page_size, self.max_context)))
@@ -200,6 +202,7 @@ class ModelRunner:
                 tiles_computed=None if trace.head is None else trace.head.tiles[choices],
             )
             trace.chosen[choices] = chosen
+        self._trace_shape.renumber(trace)
         return trace
 
     def _check_fits(self, count: int) -> None:

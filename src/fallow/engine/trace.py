@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fallow.arrays import Bytes, Int32
+from fallow.arrays import Bytes, Int32, Int64
 from fallow.errors import FallowError
 from fallow.models.resting import Resting
+from fallow.models.structure import spans
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -139,3 +140,34 @@ class TraceShape:
             InputWork(tuple(self.inputs), np.zeros(input_bits, np.uint8)) if self.inputs else None,
             None if self.tiles is None else HeadWork(np.zeros(choices, np.int32), self.tiles),
         )
+
+    def renumber(self, trace: Trace) -> None:
+        """Where parts of a layer were taken out, give bits the numbers that its parts had before; what was taken out
+        does not work."""
+        if trace.pages is not None:
+            for place, layer in enumerate(trace.pages.layers):
+                heads = self.rests[layer].kept.kv_heads
+                if heads is not None:
+                    rows = trace.pages.packed[:, place]
+                    of_kept = rows[:, : len(heads)].copy()
+                    rows[:] = 0
+                    rows[:, heads] = of_kept
+        if trace.neurons is not None:
+            for place, layer in enumerate(trace.neurons.layers):
+                neurons = self.rests[layer].kept.neurons
+                if neurons is not None:
+                    _spread(trace.neurons.packed[:, place], np.array(neurons), self.intermediate_size)
+        if trace.inputs is not None:
+            for place, (layer, name, width) in enumerate(trace.inputs.places):
+                kept = self.rests[layer].kept
+                parts, each = (kept.neurons, 1) if name == "down_proj" else (kept.kv_heads, width // self.kv_heads)
+                if parts is not None:
+                    _spread(trace.inputs.packed[:, place], spans(parts, each), width)
+
+
+def _spread(packed: Bytes, numbers: Int64, size: int) -> None:
+    """Of ``packed [T, bytes]`` the first bits become those with ``numbers``, of ``size``."""
+    bits = np.zeros((len(packed), size), np.uint8)
+    bits[:, numbers] = np.unpackbits(packed, axis=-1, count=len(numbers), bitorder="little")
+    packed[:] = 0
+    packed[:, : -(-size // 8)] = np.packbits(bits, axis=-1, bitorder="little")

@@ -7,7 +7,7 @@ names of ``Checkpoint`` (``layers.0.q_proj.weight``), and norm weights multiply 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name that everybody knows
@@ -85,10 +85,13 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
         """``x [batch, tokens, hidden]``; ``mask`` (True: may be seen) where plain causality is not all."""
-        x = x + self.attention_post_norm(self._attention(self.attention_norm(x), tokens, rope, mask))
-        neurons = self._resting("down_proj", self.neurons(self.ffn_norm(x)))
-        out: Tensor = x + self.ffn_post_norm(self.down_proj(neurons))
-        return out
+        kept = self.rests.kept
+        if kept.kv_heads != ():
+            x = x + self.attention_post_norm(self._attention(self.attention_norm(x), tokens, rope, mask))
+        if kept.neurons != ():
+            neurons = self._resting("down_proj", self.neurons(self.ffn_norm(x)))
+            x = x + self.ffn_post_norm(self.down_proj(neurons))
+        return x
 
     def neurons(self, x: Tensor) -> Tensor:
         """The inner activations of the feed-forward network, ``[batch, tokens, intermediate]``."""
@@ -101,7 +104,8 @@ class Layer(nn.Module):
         return self._at_work(self.activation(gate)) * up
 
     def _at_work(self, activated: Tensor) -> Tensor:
-        return _largest(self.rests.most_neurons, _beyond(self.rests.neurons, activated))
+        kept = _only(self.rests.kept.neurons, activated)
+        return _largest(self.rests.most_neurons, _beyond(self.rests.neurons, kept))
 
     def _resting(self, linear: str, x: Tensor) -> Tensor:
         """The input of a linear layer without what rests of it."""
@@ -128,9 +132,19 @@ class Layer(nn.Module):
             attended = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.attention_scale, enable_gqa=grouped
             )
-        attended = self._resting("o_proj", attended.transpose(1, 2).reshape(*x.shape[:2], -1))
+        # [batch, tokens, KV heads, queries that share one, head_dim]
+        by_heads = attended.transpose(1, 2).reshape(*x.shape[:2], k.shape[1], -1, self.head_dim)
+        attended = self._resting("o_proj", _only(self.rests.kept.kv_heads, by_heads, 2).flatten(2))
         out: Tensor = self.o_proj(attended)
         return out
+
+
+def _only(numbers: Sequence[int] | None, x: Tensor, dim: int = -1) -> Tensor:
+    """``x`` with zeros for what has other ``numbers`` along a dimension; None: as it is."""
+    if numbers is None:
+        return x
+    chosen = torch.tensor(numbers, device=x.device)
+    return torch.zeros_like(x).index_copy(dim, chosen, x.index_select(dim, chosen))
 
 
 def _beyond(threshold: float | None, x: Tensor) -> Tensor:

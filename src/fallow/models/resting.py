@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fallow.errors import FallowError, ModelFileError
 from fallow.models.config import ModelConfig
 from fallow.models.head_screen import DIRECTIONS, SIGN_GROUP
-from fallow.plan import LayerRule, SparsityPlan
+from fallow.models.structure import Kept, kept_parts
+from fallow.plan import AXES, LayerRule, SparsityPlan
 
-AXES = ("ffn", "input", "attention", "head")
-"""What the reference and the engine can let rest."""
 INPUTS = ("o_proj", "down_proj")
 """Linear layers whose inputs can rest: those that are not normalised, so that small ones are small."""
 _KV_HEAD = "kv_head."
@@ -33,12 +32,14 @@ class Resting:
     """What rests in a layer. ``pages``: None where all are read. ``neurons``: those of the feed-forward network rest
     whose activated gate (without a gate: whose value) is not beyond it; None where all work. ``most_neurons``: of these
     so many work, the largest. ``inputs``: those of a linear layer of this name rest that are not beyond its threshold.
+    ``kept``: what is left of it at all.
     """
 
     pages: PageRule | None = None
     neurons: float | None = None
     most_neurons: int | None = None
     inputs: Mapping[str, float] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,17 @@ class ScreenRule:
 
 
 def resting(plan: SparsityPlan, config: ModelConfig) -> list[Resting]:
-    """Of each layer what rests. Raises ``ModelFileError`` where the plan does not fit the model, ``FallowError`` where
-    it has another axis or rule than can be run."""
-    plan.require_axes(AXES)
+    """Of each layer what rests; rules for what is taken out are void. Raises ``ModelFileError`` where the plan does not
+    fit the model, ``FallowError`` where it has a rule that cannot be run with it."""
     for axis in AXES:
         for rule in plan.rules(axis):
             if rule.layer is not None and rule.layer >= config.num_hidden_layers:
                 raise ModelFileError(
                     f"The plan has a rule for layer {rule.layer}, but the model has {config.num_hidden_layers} layers."
                 )
-    parts = _page_rules(plan, config), _neuron_rules(plan, config), _input_thresholds(plan, config)
-    return [Resting(pages, *neurons, inputs) for pages, neurons, inputs in zip(*parts, strict=True)]
+    rules = _page_rules(plan, config), _neuron_rules(plan, config), _input_thresholds(plan, config)
+    layers = zip(*rules, kept_parts(plan, config), strict=True)
+    return [_of_what_is_kept(Resting(pages, *neurons, inputs, kept)) for pages, neurons, inputs, kept in layers]
 
 
 def screen_rule(plan: SparsityPlan, config: ModelConfig) -> ScreenRule | None:
@@ -85,6 +86,17 @@ def screen_rule(plan: SparsityPlan, config: ModelConfig) -> ScreenRule | None:
             f"{SIGN_GROUP} for that: use the model without the plan."
         )
     return ScreenRule(candidates)
+
+
+def _of_what_is_kept(rests: Resting) -> Resting:
+    inputs = dict(rests.inputs)
+    if rests.kept.kv_heads == ():
+        inputs.pop("o_proj", None)
+        rests = replace(rests, pages=None, inputs=inputs)
+    if rests.kept.neurons == ():
+        inputs.pop("down_proj", None)
+        rests = replace(rests, neurons=None, most_neurons=None, inputs=inputs)
+    return rests
 
 
 def _layers(rule: LayerRule, config: ModelConfig) -> range:

@@ -62,6 +62,50 @@ class Choices(ABC):
         return float(self.rests[np.arange(len(chosen)), chosen].sum())
 
 
+@dataclass(frozen=True)
+class LayerChoices(Choices, ABC):
+    """Whose places are ``layers``."""
+
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Either(LayerChoices):
+    """In each layer a choice of one of ``kinds``. What is read is counted as by the first of them, which has all layers
+    and all that the others read."""
+
+    kinds: tuple[LayerChoices, ...]
+
+    @staticmethod
+    def of(kinds: Sequence[LayerChoices]) -> Either:
+        layers = kinds[0].layers
+        tables = []
+        for kind in kinds:
+            width = kind.read.shape[1] - 1
+            table = np.zeros((3, len(layers), width))  # spared, rests, prices
+            table[2] = np.inf
+            places = [layers.index(layer) for layer in kind.layers]
+            table[:, places] = kind.read[:, -1:] - kind.read[:, :-1], kind.rests[:, :-1], kind.prices[:, :-1]
+            tables.append(table)
+        spared, rests, prices = np.pad(np.concatenate(tables, -1), [(0, 0), (0, 0), (0, 1)])
+        return Either(kinds[0].read[:, -1:] - spared, rests, prices, layers, tuple(kinds))
+
+    @property
+    def what(self) -> str:
+        return self.kinds[0].what
+
+    def rules(self, chosen: Int64) -> Rules:
+        found: dict[str, tuple[LayerRule, ...]] = {}
+        first = 0
+        for kind in self.kinds:
+            own = chosen[[self.layers.index(layer) for layer in kind.layers]] - first
+            width = kind.read.shape[1] - 1
+            for axis, rules in kind.rules(np.where((own >= 0) & (own < width), own, width)).items():
+                found[axis] = found.get(axis, ()) + rules
+            first += width
+        return found
+
+
 def stacked(tables: Sequence[Float64]) -> Float64:
     """Tables of places, one below the other. What has fewer choices gets further ones before its own, which are as its
     last one."""

@@ -6,19 +6,16 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fallow.engine.engine import Engine
 from fallow.engine.runner import ModelRunner, Precision
 from fallow.errors import FallowError
 from fallow.files import decoded, replacing_folder
 from fallow.models.checkpoint import open_checkpoint
-from fallow.models.decoder import Decoder
 from fallow.models.decoder_weights import load_decoder
 from fallow.models.head_screen import SCREEN_FILE
 from fallow.models.info import describe
@@ -28,20 +25,18 @@ from fallow.models.store import resolve
 from fallow.models.tensors import Checkpoint
 from fallow.models.tokenizer import load_tokenizer
 from fallow.plan import FILE_NAME, SparsityPlan
-from fallow.sparsification.choices import Choices, Load
+from fallow.sparsification.choices import Load
 from fallow.sparsification.floor import Floor
 from fallow.sparsification.heal import ALLOWANCE, Healing
 from fallow.sparsification.judge import Judge
+from fallow.sparsification.kinds import Kinds
 from fallow.sparsification.page_choices import PageChoices
-from fallow.sparsification.page_prices import page_errors
-from fallow.sparsification.partial_reads import partial_times
 from fallow.sparsification.picture import PICTURES, draw
+from fallow.sparsification.removal_choices import can_be_removed
 from fallow.sparsification.search import Menu, Point, Search, fastest
-from fallow.sparsification.sensitivity import sensitivities
 from fallow.sparsification.text import Windows, cut, texts_of, written_by, written_to_heal
 from fallow.sparsification.vocabulary import OWN_TEXTS, fit_screen, head_rules, screens_head, spared_bytes
-from fallow.sparsification.weight_choices import WeightChoices, groups_in_parts
-from fallow.sparsification.weight_prices import weight_errors
+from fallow.sparsification.weight_choices import groups_in_parts
 from fallow.terminal import Progress
 
 _SMALLER_BUDGETS = (1.0, 0.5, 0.25)  # of the budget, where plans do not reach the floor of a task
@@ -89,6 +84,7 @@ def sparsify(
     task: str | None = None,
     floor: float | None = None,
     limit: int | None = None,
+    remove: bool = False,
     precision: Precision = "auto",
     threads: int | None = None,
     on_note: Callable[[str], None] = lambda text: None,
@@ -101,7 +97,8 @@ def sparsify(
     ``heal`` the weights are tuned under a plan that costs more, by so many tokens, and what they bear then is searched;
     all is relative to the model as it was. The folder ``out`` with ``.healing`` after its name holds what it takes
     meanwhile, so that a killed call goes on. With ``task``, a task of lm-eval or its file, a plan must also reach an
-    accuracy of ``floor`` (0 to 1) in its first ``limit`` questions. Raises ``FallowError``.
+    accuracy of ``floor`` (0 to 1) in its first ``limit`` questions. With ``remove`` heads and neurons may be taken out
+    for good. Raises ``FallowError``.
     """
     folder = Path(out)
     if folder.exists():
@@ -116,9 +113,17 @@ def sparsify(
     screens = screens_head(checkpoint, load)
     # What training has brought to rest stays at rest.
     beside = SparsityPlan.beside(path) or SparsityPlan.dense()
-    parts = [] if beside.rules("ffn") or beside.rules("input") else groups_in_parts(checkpoint, precision, load)
-    sees_all = None in checkpoint.config.layer_windows
-    if not (sees_all or screens or parts):
+    learnt = beside.rules("ffn") or beside.rules("input")
+    kinds = Kinds(
+        checkpoint,
+        load,
+        precision,
+        threads,
+        pages=None in checkpoint.config.layer_windows,
+        in_parts=[] if learnt else groups_in_parts(checkpoint, precision, load),
+        removed=can_be_removed(checkpoint.config) if remove and not learnt else (),
+    )
+    if not (kinds or screens):
         raise FallowError("Every layer of the model has a window of its own, and nothing else of it can rest.")
     source, own_texts = "text of its own", []
     if text is not None:
@@ -129,6 +134,7 @@ def sparsify(
         "budget": f"{budget:.4g}",
         "load": f"batch {batch}, context {context}",
         "weights": _digest(checkpoint),
+        **({"removed": "heads and neurons may be"} if remove else {}),
     }
     healing = None if heal is None else Healing.beside(folder, path, heal, context, provenance)
     judge = Judge(checkpoint, checkpoint, None, (), load, precision, threads, progress)
@@ -139,14 +145,15 @@ def sparsify(
         with Engine(path, precision=precision, threads=threads, plan=SparsityPlan.dense()) as engine:
             windows = written_by(engine, context) if text is None else windows
             own_texts = texts_of(engine, *OWN_TEXTS, seed=1) if screens else []
-    start = replace(beside, attention=None, head=head_rules() if screens else None, provenance=provenance)
+    head = head_rules() if screens else None
+    start = replace(beside, attention=None, structure=None, head=head, provenance=provenance)
     decoder = load_decoder(checkpoint, context=context).eval().requires_grad_(False)
-    kinds = _kinds(decoder, checkpoint, windows.calibrated, load, parts, precision, threads, progress)
-    head_screen = fit_screen(decoder, checkpoint, [*windows.calibrated, *own_texts]) if screens else None
+    choices = kinds.priced(decoder, windows.calibrated, progress)
     del decoder
-    keys_and_values = sum(kind.bytes for kind in kinds if isinstance(kind, PageChoices))
+    head_screen = fit_screen(checkpoint, [*windows.calibrated, *own_texts]) if screens else None
+    keys_and_values = sum(kind.bytes for kind in choices if isinstance(kind, PageChoices))
     read = describe(checkpoint, precision=precision).bytes_per_token + keys_and_values
-    menu = Menu(kinds, read, spared_bytes(checkpoint, precision) if screens else 0.0)
+    menu = Menu(choices, read, spared_bytes(checkpoint, precision) if screens else 0.0)
     search = Search(replace(judge, head_screen=head_screen, windows=windows.verified), menu, start, on_note)
     if healing is not None:
         search = _healed(search, healing, budget, windows, own_texts)
@@ -222,8 +229,7 @@ def _healed(
         healing.begin(costly.plan, costly.price, texts)
     checkpoint, head_screen = healing.run(search.on_note, judge.progress), None
     if judge.head_screen is not None:
-        decoder = load_decoder(checkpoint, context=judge.load.context).eval().requires_grad_(False)
-        head_screen = fit_screen(decoder, checkpoint, [*windows.calibrated, *own_texts])
+        head_screen = fit_screen(checkpoint, [*windows.calibrated, *own_texts])
     before = search.start.provenance
     what = {"healed": f"{healing.tokens} tokens", "healed_from": before["weights"], "weights": _digest(checkpoint)}
     return replace(
@@ -231,30 +237,6 @@ def _healed(
         judge=replace(judge, checkpoint=checkpoint, head_screen=head_screen),
         start=replace(search.start, provenance={**before, **what}),
     )
-
-
-def _kinds(  # noqa: PLR0917
-    decoder: Decoder,
-    checkpoint: Checkpoint,
-    windows: Sequence[Sequence[int]],
-    load: Load,
-    parts: Sequence[tuple[str, ...]],
-    precision: Precision,
-    threads: int | None,
-    progress: Progress,
-) -> tuple[Choices, ...]:
-    """What may rest, priced and with what it spares on this machine."""
-    weighed = sensitivities(decoder, windows, torch.Generator().manual_seed(0)).numpy()
-    kinds: list[Choices] = []
-    if None in checkpoint.config.layer_windows:
-        nats = page_errors(decoder, windows, progress=progress).numpy() * weighed[:-1, None, None]
-        kinds.append(PageChoices.of(checkpoint.config, load, nats))
-    if parts:
-        errors = weight_errors(decoder, windows, progress=progress)
-        progress("timing weights", 0, None)
-        times = cache(partial(partial_times, threads=threads))  # layers are alike
-        kinds += [WeightChoices.of(group, checkpoint, precision, errors, weighed, times) for group in parts]
-    return tuple(kinds)
 
 
 def _written(healing: Healing, precision: Precision, threads: int | None) -> list[list[int]]:

@@ -14,7 +14,7 @@ from fallow.models.info import engine_form, held_bytes
 from fallow.models.resting import obstacle_to_resting_neurons
 from fallow.models.tensors import Checkpoint, RawTensor
 from fallow.plan import LayerRule
-from fallow.sparsification.choices import Choices, Load, Rules
+from fallow.sparsification.choices import LayerChoices, Load, Rules
 from fallow.sparsification.partial_reads import SHARES, Layout
 from fallow.sparsification.weight_prices import PARTS, WeightErrors
 
@@ -31,12 +31,11 @@ Times = Callable[[Layout, int, int], Float64]
 
 
 @dataclass(frozen=True)
-class WeightChoices(Choices):
+class WeightChoices(LayerChoices):
     """In each of ``layers`` one of ``parts`` may rest, to one of ``SHARES``. ``thresholds [layers of the model,
     len(PARTS), len(SHARES)]``."""
 
     parts: tuple[str, ...]
-    layers: tuple[int, ...]
     thresholds: Float64
 
     @staticmethod
@@ -68,7 +67,7 @@ class WeightChoices(Choices):
                     tables[1, place, at] += sizes[name] * shares
                 tables[2, place, at] = errors.errors[layer, number] * sensitivities[layer + (part != "o_proj")]
         read, rests, prices = tables
-        return WeightChoices(read, rests, prices, tuple(parts), tuple(layers), errors.thresholds)
+        return WeightChoices(read, rests, prices, tuple(layers), tuple(parts), errors.thresholds)
 
     @property
     def what(self) -> str:
