@@ -70,21 +70,17 @@ def test_variants_with_any_number_of_threads_and_rows(variant: str, what: str, t
             np.testing.assert_array_equal(runner.logits(tokens, chunk=rows), alone)
 
 
-def test_the_first_attention_is_taken_out_and_the_last_network(tmp_path: Path) -> None:
-    document = SIZES | VARIANTS["swiglu"]
-    decoder = random_decoder(document)
-    plan = SparsityPlan(structure=(*removed(0, "attention"), *removed(2, "ffn")))
-    checkpoint = open_checkpoint(save(decoder, document, tmp_path))
-    decoder.obey(plan)
-    tokens = random_tokens(60)
-    runner = ModelRunner(checkpoint, precision="bf16", num_pages=8, plan=plan)
-    assert error(runner.logits(tokens), logits_of(decoder, tokens)) < TOLERANCES["bf16"]
+EDGES = {
+    "the first attention and the last network": (*removed(0, "attention"), *removed(2, "ffn")),
+    "every block": tuple(LayerRule("removed", None, target) for target in ("attention", "ffn")),
+}
 
 
-def test_a_model_without_any_block_is_its_embeddings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", EDGES)
+def test_edges_of_a_model(what: str, tmp_path: Path) -> None:
     document = SIZES | VARIANTS["swiglu"]
     decoder = random_decoder(document)
-    plan = SparsityPlan(structure=tuple(LayerRule("removed", None, target) for target in ("attention", "ffn")))
+    plan = SparsityPlan(structure=EDGES[what])
     checkpoint = open_checkpoint(save(decoder, document, tmp_path))
     decoder.obey(plan)
     tokens = random_tokens(60)
