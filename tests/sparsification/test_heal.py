@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,9 @@ def healed(tiny_checkpoints: dict[str, Path], text: Path, tmp_path: Path, monkey
     monkeypatch.setattr(heal, "_STEP_TOKENS", 2 * CONTEXT)
     notes: list[str] = []
 
-    def call(stop_at: int | None = None, name: str = "lean", tokens: int = TOKENS) -> tuple[SparsifyResult, list[str]]:
+    def call(
+        stop_at: int | None = None, name: str = "lean", tokens: int = TOKENS, **options: Any
+    ) -> tuple[SparsifyResult, list[str]]:
         def progress(what: str, done: int, total: int | None) -> None:
             if what.startswith("healing") and done == stop_at:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -48,13 +51,13 @@ def healed(tiny_checkpoints: dict[str, Path], text: Path, tmp_path: Path, monkey
         result = sparsify(
             tiny_checkpoints["qwen3"],
             out=tmp_path / name,
-            budget=BUDGET,
             text=text,
             context=CONTEXT,
             heal=tokens,
             threads=1,
             on_note=notes.append,
             progress=progress,
+            **{"budget": BUDGET} | options,
         )
         return result, notes
 
@@ -110,3 +113,12 @@ def test_the_model_writes_what_it_is_healed_with(tiny_checkpoints):
         texts = written_to_heal(engine, 250, 20)
     assert [len(text) for text in texts] == [20] * 14
     assert len({tuple(text) for text in texts}) == 14
+
+
+def test_what_is_left_is_healed(healed):
+    result, _ = healed(name="smaller", remove=True, budget=0.5)
+    assert result.healed == TOKENS
+    assert result.found.plan.structure
+    assert result.found.perplexity_ratio <= 1.5
+    with Engine(result.folder) as engine:
+        assert engine.generate("a")[0].outputs[0].token_ids
