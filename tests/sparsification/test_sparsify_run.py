@@ -17,7 +17,10 @@ from fallow.errors import FallowError
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.head_screen import SCREEN_FILE
 from fallow.models.info import describe
-from fallow.plan import SparsityPlan
+from fallow.plan import LayerRule, SparsityPlan
+from fallow.sparsification.choices import Load
+from fallow.sparsification.floor import Floor
+from fallow.sparsification.judge import Judge
 from fallow.sparsification.picture import PICTURES
 from fallow.sparsification.run import SparsifyResult, sparsify
 from fallow.sparsification.text import cut, written_by
@@ -37,7 +40,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def result(smollm2_gguf: Path, text: Path, capitals: Path, tmp_path_factory: pytest.TempPathFactory) -> SparsifyResult:
     out = tmp_path_factory.mktemp("out") / "lean"
     options = {"budget": 0.02, "text": text, "context": CONTEXT, "task": str(capitals), "floor": 0.6, "threads": 2}
-    options["remove"] = True
     return sparsify(smollm2_gguf, out=out, **options)
 
 
@@ -51,7 +53,6 @@ def test_a_plan_within_the_budget(result: SparsifyResult) -> None:
     assert 1 < found.speedup < 2
     assert result.measured > 0
     assert found.plan.provenance["calibrated_on"] == "source.py"
-    assert found.plan.provenance["removed"]
     assert result.accuracy == 2 / 3
     fields = result.to_json()
     assert set(fields) >= {"model", "plan", "perplexity_ratio", "speedup", "frontier", "accuracy"}
@@ -114,10 +115,21 @@ def test_heads_and_neurons_are_taken_out(tiny_checkpoints: dict[str, Path], text
     result = sparsify(tiny_checkpoints["llama"], out=tmp_path / "smaller", remove=True, **options)
     assert result.found.plan.structure
     assert result.found.perplexity_ratio <= 1.3
+    assert result.found.plan.provenance["removed"]
     assert result.found.speedup > kept.found.speedup
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     with Engine(result.folder) as engine:
         assert len(engine.generate("a", params)[0].outputs[0].token_ids) == 6
+
+
+def test_a_floor_of_needles(smollm2_gguf: Path) -> None:
+    checkpoint = open_checkpoint(smollm2_gguf)
+    load = Load(1, 200)
+    judge = Judge(checkpoint, checkpoint, None, (), load, "auto", 2, lambda what, done, total: None)
+    floor = Floor("needle", 0.5, load.context, limit=1)
+    assert judge.accuracy(SparsityPlan.dense(), floor) >= 0.6
+    everything = SparsityPlan(structure=(LayerRule("removed", None, "attention"),))
+    assert judge.accuracy(everything, floor) == 0
 
 
 def test_windows_for_calibration_are_kept_apart() -> None:

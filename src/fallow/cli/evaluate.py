@@ -12,10 +12,9 @@ import typer
 
 from fallow.cli.options import Dense, Json, Model, Precision, Threads, fetch, plan_of
 from fallow.errors import FallowError
+from fallow.evaluate import NEEDLE, TRIALS
 from fallow.files import decoded
 from fallow.terminal import print_fields, print_json, print_table, progress, spinner
-
-NEEDLE = "needle"
 
 
 def evaluate(
@@ -31,7 +30,7 @@ def evaluate(
     context: Annotated[
         int | None, typer.Option(min=1, show_default="the model's", help="Tokens of a document with a needle.")
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Needles at each depth.")] = 20,
+    trials: Annotated[int, typer.Option(min=1, help="Needles at each depth.")] = TRIALS,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of a TASK at most.", show_default="all")] = None,
     shots: Annotated[
         int | None, typer.Option(min=0, help="Solved examples before a question.", show_default="the task's")

@@ -33,13 +33,18 @@ def sparsify(
     task: Annotated[
         str | None,
         typer.Option(
-            metavar="TASK", help="A task of lm-eval, or its file, that must still be solved.", show_default="none"
+            metavar="TASK",
+            help="A task of lm-eval, its file, or needle (numbers in long documents), that must still be solved.",
+            show_default="none",
         ),
     ] = None,
     floor: Annotated[
         str | None, typer.Option(metavar="SHARE", help="Of its answers that must be right, as 40% or 0.4.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of the TASK at most.", show_default="all")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Questions of the TASK, or needles at each depth.", show_default="all, or 20"),
+    ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Heads and neurons may also be taken out for good.")] = False,
     precision: Precision = "auto",
     threads: Threads = None,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fallow.errors import FallowError
+from fallow.evaluate import TRIALS
 from fallow.models.tokenizer import Tokenizer
 from fallow.terminal import Progress
 
@@ -96,7 +97,7 @@ def find_needles(
     tokenizer: Tokenizer,
     *,
     context: int,
-    trials: int = 20,
+    trials: int = TRIALS,
     depths: Sequence[float] = DEPTHS,
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,

@@ -1,26 +1,32 @@
-"""A task of lm-eval that a plan must still solve. Needs the extra ``eval``."""
+"""A task that a plan must still solve: of lm-eval, which needs the extra ``eval``, or needles in long documents."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from fallow.engine.engine import Engine
 from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError
+from fallow.evaluate import NEEDLE, TRIALS
+from fallow.evaluate.needle import find_needles
 from fallow.terminal import Progress
 
 
 @dataclass(frozen=True)
 class Floor:
     """``accuracy`` (0 to 1) in ``task``, a name that lm-eval knows or a task file of its, by its first ``limit``
-    questions."""
+    questions; or, where it is ``NEEDLE``, in documents of ``context`` tokens, ``limit`` of them at each depth."""
 
     task: str
     accuracy: float
+    context: int
     limit: int | None = None
 
     def reached_by(self, engine: Engine, progress: Progress) -> float:
         """The accuracy of an engine. Raises ``FallowError`` where the task cannot be run or has none."""
+        if self.task == NEEDLE and not Path(NEEDLE).exists():
+            return self._found_by(engine, progress)
         try:
             from fallow.evaluate.tasks import HarnessModel, Writing, accuracy, run_task  # noqa: PLC0415
         except ImportError as error:
@@ -38,3 +44,11 @@ class Floor:
         if found is None:
             raise FallowError(f"The task {self.task} has no accuracy: take another one for a floor.")
         return found
+
+    def _found_by(self, engine: Engine, progress: Progress) -> float:
+        def answers(prompts: list[list[int]], tokens: int) -> list[str]:
+            outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens))
+            return [output.outputs[0].text for output in outputs]
+
+        trials = self.limit or TRIALS
+        return find_needles(answers, engine.tokenizer, context=self.context, trials=trials, progress=progress).accuracy

@@ -96,16 +96,16 @@ def sparsify(
     ``text`` is a file; half of its windows price what may rest, the others verify. None: the model writes it. With
     ``heal`` the weights are tuned under a plan that costs more, by so many tokens, and what they bear then is searched;
     all is relative to the model as it was. The folder ``out`` with ``.healing`` after its name holds what it takes
-    meanwhile, so that a killed call goes on. With ``task``, a task of lm-eval or its file, a plan must also reach an
-    accuracy of ``floor`` (0 to 1) in its first ``limit`` questions. With ``remove`` heads and neurons may be taken out
-    for good. Raises ``FallowError``.
+    meanwhile, so that a killed call goes on. With ``task``, a task of lm-eval, its file, or ``needle``, a plan must
+    also reach an accuracy of ``floor`` (0 to 1) in its first ``limit`` questions, or documents at each depth. With
+    ``remove`` heads and neurons may be taken out for good. Raises ``FallowError``.
     """
     folder = Path(out)
     if folder.exists():
         raise FallowError(f"{folder} exists already: give another folder, or remove it.")
     if not 0 < budget < 1:
         raise FallowError(f"The budget is {budget}: give a share of perplexity between 0 and 1, such as 0.01 for 1%.")
-    wanted = _floor(task, floor, limit)
+    wanted = _floor(task, floor, limit, context)
     path = resolve(model)
     checkpoint = open_checkpoint(path)
     _check_context(checkpoint, context)
@@ -174,14 +174,14 @@ def sparsify(
     return SparsifyResult(str(model), folder, load, found, measured, ordered, heal, accuracy)
 
 
-def _floor(task: str | None, floor: float | None, limit: int | None) -> Floor | None:
+def _floor(task: str | None, floor: float | None, limit: int | None, context: int) -> Floor | None:
     if task is None and floor is None and limit is None:
         return None
     if task is None or floor is None:
         raise FallowError("A task needs a floor, and a floor or a limit a task: give both, such as arc_easy and 0.4.")
     if not 0 <= floor <= 1:
         raise FallowError(f"The floor is {floor}: give an accuracy from 0 to 1.")
-    return Floor(task, floor, limit)
+    return Floor(task, floor, context, limit)
 
 
 def _check_floor(judge: Judge, floor: Floor, on_note: Callable[[str], None]) -> None:
