@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fallow.arrays import Float64, Int64
+from fallow.arrays import Float64
 from fallow.data.sources import open_source
 from fallow.engine.runner import ModelRunner
 from fallow.evaluate.perplexity import token_windows
@@ -32,12 +32,12 @@ from fallow.models.store import resolve
 from fallow.models.tensors import Checkpoint
 from fallow.models.tokenizer import load_tokenizer
 from fallow.plan import SparsityPlan
-from fallow.sparsification.choices import Choices, stacked, unstacked
+from fallow.sparsification.choices import Choices
 from fallow.sparsification.partial_reads import SHARES
 from fallow.sparsification.removal_choices import RemovalChoices
 from fallow.sparsification.removal_prices import removal_errors
+from fallow.sparsification.search import Menu
 from fallow.sparsification.sensitivity import sensitivities
-from fallow.sparsification.solve import choose
 from fallow.sparsification.timing import pages_of
 from fallow.sparsification.weight_choices import WeightChoices
 from fallow.sparsification.weight_prices import weight_errors
@@ -127,24 +127,13 @@ def _kinds(checkpoint: Checkpoint, windows: Sequence[Sequence[int]]) -> dict[str
 
 def _plan(kinds: Sequence[Choices], share: float) -> tuple[SparsityPlan, float]:
     """The cheapest one under which a share of the kinds' bytes rests, or a little less, and the share."""
-    prices, read = ([getattr(kind, name) for kind in kinds] for name in ("prices", "read"))
-
-    def chosen(price: float) -> list[Int64]:
-        return unstacked(choose(stacked(prices), stacked(read), price), read)
-
-    def resting(choices: Sequence[Int64]) -> float:
-        return sum(k.at_rest(c) for k, c in zip(kinds, choices, strict=True)) / sum(kind.bytes for kind in kinds)
-
-    low, high = 0.0, float(sum(np.where(np.isfinite(p), p, 0).max(1).sum() for p in prices))
+    menu = Menu(tuple(kinds), dense=sum(kind.bytes for kind in kinds), spared=0.0)
+    low, high = 0.0, float(sum(np.where(np.isfinite(kind.prices), kind.prices, 0).max(1).sum() for kind in kinds))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if resting(chosen(middle)) <= share else (low, middle)
-    found = chosen(low)
-    axes: dict[str, tuple[object, ...]] = {}
-    for kind, choices in zip(kinds, found, strict=True):
-        for axis, rules in kind.rules(choices).items():
-            axes[axis] = axes.get(axis, ()) + rules
-    return SparsityPlan(**axes), resting(found)  # type: ignore[arg-type]
+        low, high = (middle, high) if menu.resting(menu.choose(middle)) <= share else (low, middle)
+    chosen = menu.choose(low)
+    return menu.plan(chosen, SparsityPlan.dense()), menu.resting(chosen)
 
 
 if __name__ == "__main__":

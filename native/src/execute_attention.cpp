@@ -204,7 +204,6 @@ void Program::attend(const op::Attention& o, const AttentionItem& item, ThreadSc
 
 void Program::attend_segment(const op::Attention& o, int index, ThreadScratch& scratch) {
   const AttentionItem& item = items_[index];
-  if (item.kv_head >= o.kv_heads) return;
   const auto [begin, end] = segments_of(item.first_position, item.rows, o.window);
   if (item.segment < begin || item.segment >= end) return;
   if (read_pages(o, item, item.segment) == 0) {
@@ -255,11 +254,11 @@ void Program::execute(const op::Attention& o, int index, int thread, const Part&
   const int some = chooses && !merges_.empty() ? segment_pages : 1;
   for (int begin = 0; (begin = next_[index].fetch_add(some, std::memory_order_relaxed)) < count;) {
     for (int i = begin; i < std::min(begin + some, count); ++i) {
+      if (items_[i].kv_head >= o.kv_heads) continue;
       if (items_[i].segment >= 0) {
         attend_segment(o, i, scratch);
         continue;
       }
-      if (items_[i].kv_head >= o.kv_heads) continue;
       if (chooses && merges_.empty()) {
         for (int r = 0; r < items_[i].rows; ++r) choose_pages(o, index, items_[i].row + r, items_[i].kv_head, scratch);
       }

@@ -26,6 +26,8 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
     "structure": {"removed": ()},
 }
 AXES = tuple(RULES)
+KV_HEAD = "kv_head."
+"""With a number: what a target calls a KV head."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,17 @@ class LayerRule:
     layer: int | None = None
     target: str | None = None
     parameters: Mapping[str, float] = field(default_factory=dict)
+
+    def layers(self, count: int) -> range:
+        """Of a model with ``count`` layers those that the rule is for."""
+        return range(count) if self.layer is None else range(self.layer, self.layer + 1)
+
+    def numbered(self, prefix: str, count: int) -> int | None:
+        """Where ``target`` is ``prefix`` and a number below ``count``, that number."""
+        target = self.target or ""
+        number = target.removeprefix(prefix)
+        is_number = target.startswith(prefix) and number.isascii() and number.isdigit()
+        return int(number) if is_number and int(number) < count else None
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +12,6 @@ from test_weight_prices import streams
 
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.decoder import Decoder
-from fallow.models.decoder_weights import load_decoder
-from fallow.models.tokenizer import load_tokenizer
 from fallow.plan import SparsityPlan
 from fallow.sparsification.choices import Either
 from fallow.sparsification.partial_reads import SHARES
@@ -24,19 +20,7 @@ from fallow.sparsification.removal_prices import Removals, removal_errors
 from fallow.sparsification.weight_choices import WeightChoices
 from fallow.sparsification.weight_prices import PARTS, WeightErrors
 
-TOKENS = 200
 ATTENTION, NETWORK = "o_proj", "down_proj"
-
-
-@pytest.fixture(scope="module")
-def decoder(smollm2_gguf: Path) -> Decoder:
-    return load_decoder(open_checkpoint(smollm2_gguf), context=TOKENS).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def windows(smollm2_gguf: Path) -> list[list[int]]:
-    ids = load_tokenizer(smollm2_gguf).encode(inspect.getsource(random))
-    return [ids[:TOKENS], ids[TOKENS : 2 * TOKENS]]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +46,8 @@ def test_an_error_is_that_of_the_plan(
     chosen = offered.dense
     chosen[layer] = offered.counts.index(count)
     plan = SparsityPlan(structure=offered.rules(chosen)["structure"])
-    queries = torch.linspace(TOKENS // 2, TOKENS - 1, TOKENS // 2).long()
+    tokens = len(windows[0])
+    queries = torch.linspace(tokens // 2, tokens - 1, tokens // 2).long()
     errors = []
     for window in windows:
         dense, inputs = streams(decoder, window, layer, ATTENTION if part == "heads" else NETWORK)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import random
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +11,10 @@ from torch import Tensor
 
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.decoder import Decoder
-from fallow.models.decoder_weights import load_decoder
-from fallow.models.tokenizer import load_tokenizer
 from fallow.plan import LayerRule, SparsityPlan
 from fallow.sparsification.partial_reads import SHARES
 from fallow.sparsification.weight_choices import WeightChoices, can_lie_in_parts
 from fallow.sparsification.weight_prices import PARTS, WeightErrors, weight_errors
-
-TOKENS = 300
-
-
-@pytest.fixture(scope="module")
-def decoder(smollm2_gguf: Path) -> Decoder:
-    return load_decoder(open_checkpoint(smollm2_gguf), context=TOKENS).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def windows(smollm2_gguf: Path) -> list[list[int]]:
-    ids = load_tokenizer(smollm2_gguf).encode(inspect.getsource(random))
-    return [ids[:TOKENS], ids[TOKENS : 2 * TOKENS]]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +53,8 @@ def test_an_error_is_that_of_the_plan(
         plan = SparsityPlan(ffn=(LayerRule("threshold", layer, parameters=threshold),))
     else:
         plan = SparsityPlan(input=(LayerRule("threshold", layer, part, threshold),))
-    queries = torch.linspace(TOKENS // 2, TOKENS - 1, TOKENS // 2).long()
+    tokens = len(windows[0])
+    queries = torch.linspace(tokens // 2, tokens - 1, tokens // 2).long()
     errors, resting = [], []
     for window in windows:
         dense, before = streams(decoder, window, layer, part)

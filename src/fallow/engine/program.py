@@ -236,6 +236,7 @@ class DecoderProgram:
         matrices = [builder.weights(group) for group in groups]
         biases = [self._bias(group) for group in groups]
         inputs = self._normed(self._x, name + "attention_norm", matrices)
+        kv_heads = None if heads is None else len(heads)
         column = 0
         for group, weights, activations, bias in zip(groups, matrices, inputs, biases, strict=True):
             program.linear(activations, weights, self._qkv, bias=bias, column=column)
@@ -254,13 +255,13 @@ class DecoderProgram:
             k_norm=builder.vector(name + "k_norm"),
             eps=config.rms_norm_eps,
             layer=layer,
-            kv_heads=None if heads is None else len(heads),
+            kv_heads=kv_heads,
         )
         rule = builder.rests[layer].pages or PageRule(0, 0, ())
         program.attention(
             self._attended,
             layer=layer,
-            kv_heads=None if heads is None else len(heads),
+            kv_heads=kv_heads,
             window=window or 0,
             scale=config.attention_scale,
             sink_pages=rule.sink_pages,

@@ -9,11 +9,10 @@ from fallow.errors import FallowError, ModelFileError
 from fallow.models.config import ModelConfig
 from fallow.models.head_screen import DIRECTIONS, SIGN_GROUP
 from fallow.models.structure import Kept, kept_parts
-from fallow.plan import AXES, LayerRule, SparsityPlan
+from fallow.plan import AXES, KV_HEAD, LayerRule, SparsityPlan
 
 INPUTS = ("o_proj", "down_proj")
 """Linear layers whose inputs can rest: those that are not normalised, so that small ones are small."""
-_KV_HEAD = "kv_head."
 _LANES = 16  # the engine computes hidden states so many at a time
 
 
@@ -99,10 +98,6 @@ def _of_what_is_kept(rests: Resting) -> Resting:
     return rests
 
 
-def _layers(rule: LayerRule, config: ModelConfig) -> range:
-    return range(config.num_hidden_layers) if rule.layer is None else range(rule.layer, rule.layer + 1)
-
-
 def _neuron_rules(plan: SparsityPlan, config: ModelConfig) -> list[tuple[float | None, int | None]]:
     """Of each layer the threshold of neurons and how many work at most. A rule without a layer is for all layers.
     ``zeros``: what is zero rests; ``threshold``: what is not beyond it; ``top_k``: all but the ``k`` largest, and where
@@ -110,7 +105,7 @@ def _neuron_rules(plan: SparsityPlan, config: ModelConfig) -> list[tuple[float |
     found: list[tuple[float | None, int | None]] = [(None, None)] * config.num_hidden_layers
     for rule in plan.rules("ffn"):
         _check_neuron_rule(rule, config)
-        for layer in _layers(rule, config):
+        for layer in rule.layers(config.num_hidden_layers):
             if found[layer] != (None, None):
                 raise ModelFileError(f"The plan has two rules for the neurons of layer {layer}.")
             most = _whole(layer, rule, "k") if rule.rule == "top_k" else None
@@ -127,7 +122,7 @@ def _input_thresholds(plan: SparsityPlan, config: ModelConfig) -> list[dict[str,
                 f"The plan's axis input has the target {rule.target!r}, but this version of fallow can let the inputs "
                 f"of {' and '.join(INPUTS)} rest: use the model without the plan."
             )
-        for layer in _layers(rule, config):
+        for layer in rule.layers(config.num_hidden_layers):
             if rule.target in found[layer]:
                 raise ModelFileError(f"The plan has two rules for the inputs of layer {layer}, {rule.target}.")
             found[layer][rule.target] = float(rule.parameters["threshold"])
@@ -163,7 +158,7 @@ def _page_rules(plan: SparsityPlan, config: ModelConfig) -> list[PageRule | None
     heads = config.num_key_value_heads
     found: list[dict[int, LayerRule]] = [{} for _ in range(config.num_hidden_layers)]
     for rule in plan.rules("attention"):
-        for layer in _layers(rule, config):
+        for layer in rule.layers(config.num_hidden_layers):
             for head in _kv_heads(rule, heads):
                 if head in found[layer]:
                     raise ModelFileError(f"The plan has two rules for the attention of layer {layer}, KV head {head}.")
@@ -174,12 +169,12 @@ def _page_rules(plan: SparsityPlan, config: ModelConfig) -> list[PageRule | None
 def _kv_heads(rule: LayerRule, count: int) -> range:
     if rule.target is None:
         return range(count)
-    number = rule.target.removeprefix(_KV_HEAD)
-    if not rule.target.startswith(_KV_HEAD) or not (number.isascii() and number.isdigit()) or int(number) >= count:
+    number = rule.numbered(KV_HEAD, count)
+    if number is None:
         raise ModelFileError(
-            f"The plan's axis attention has the target {rule.target!r}: use {_KV_HEAD}0 to {_KV_HEAD}{count - 1}."
+            f"The plan's axis attention has the target {rule.target!r}: use {KV_HEAD}0 to {KV_HEAD}{count - 1}."
         )
-    return range(int(number), int(number) + 1)
+    return range(number, number + 1)
 
 
 def _page_rule(layer: int, rules: dict[int, LayerRule], heads: int) -> PageRule | None:

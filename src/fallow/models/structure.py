@@ -13,12 +13,12 @@ from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize
 from fallow.models.quantize import quantize_q8_0
 from fallow.models.tensors import Checkpoint, RawTensor, TensorType
-from fallow.plan import LayerRule, SparsityPlan
+from fallow.plan import KV_HEAD, LayerRule, SparsityPlan
 
 NEURON_GROUP = 32
 """Neurons that are taken out together: the columns of a block in most formats."""
-_BLOCKS = "attention", "ffn"
-_KV_HEAD, _NEURONS = "kv_head.", "neurons."
+NEURONS = "neurons."
+"""With a number: what a target calls such a group."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def kept_parts(plan: SparsityPlan, config: ModelConfig) -> list[Kept]:
     neurons: list[set[int]] = [set() for _ in range(config.num_hidden_layers)]
     for rule in plan.rules("structure"):
         of_heads, of_neurons = _removed(rule, config)
-        for layer in range(config.num_hidden_layers) if rule.layer is None else (rule.layer,):
+        for layer in rule.layers(config.num_hidden_layers):
             heads[layer].update(of_heads)
             neurons[layer].update(of_neurons)
     if config.gate_quantile is not None and any(0 < len(gone) < config.intermediate_size for gone in neurons):
@@ -81,22 +81,19 @@ def without_removed(checkpoint: Checkpoint, kept: Sequence[Kept]) -> Checkpoint:
 
 def _removed(rule: LayerRule, config: ModelConfig) -> tuple[range, range]:
     """The KV heads and the neurons that a rule takes out."""
-    none = range(0)
-    target = rule.target or ""
-    if target in _BLOCKS:
-        of_attention = target == "attention"
-        return range(config.num_key_value_heads * of_attention), range(config.intermediate_size * (not of_attention))
+    heads, none = config.num_key_value_heads, range(0)
     groups = config.intermediate_size // NEURON_GROUP
-    for prefix, count in ((_KV_HEAD, config.num_key_value_heads), (_NEURONS, groups)):
-        number = target.removeprefix(prefix)
-        if target.startswith(prefix) and number.isascii() and number.isdigit() and int(number) < count:
-            first = int(number)
-            if prefix == _KV_HEAD:
-                return range(first, first + 1), none
-            return none, range(first * NEURON_GROUP, (first + 1) * NEURON_GROUP)
+    if rule.target == "attention":
+        return range(heads), none
+    if rule.target == "ffn":
+        return none, range(config.intermediate_size)
+    if (head := rule.numbered(KV_HEAD, heads)) is not None:
+        return range(head, head + 1), none
+    if (group := rule.numbered(NEURONS, groups)) is not None:
+        return none, range(group * NEURON_GROUP, (group + 1) * NEURON_GROUP)
     raise ModelFileError(
-        f"The plan's axis structure has the target {rule.target!r}: use {' or '.join(_BLOCKS)}, "
-        f"{_KV_HEAD}0 to {_KV_HEAD}{config.num_key_value_heads - 1}, or {_NEURONS}0 to {_NEURONS}{groups - 1}."
+        f"The plan's axis structure has the target {rule.target!r}: use attention or ffn, "
+        f"{KV_HEAD}0 to {KV_HEAD}{heads - 1}, or {NEURONS}0 to {NEURONS}{groups - 1}."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,15 +95,22 @@ class Either(LayerChoices):
         return self.kinds[0].what
 
     def rules(self, chosen: Int64) -> Rules:
-        found: dict[str, tuple[LayerRule, ...]] = {}
-        first = 0
+        found, first = [], 0
         for kind in self.kinds:
             own = chosen[[self.layers.index(layer) for layer in kind.layers]] - first
             width = kind.read.shape[1] - 1
-            for axis, rules in kind.rules(np.where((own >= 0) & (own < width), own, width)).items():
-                found[axis] = found.get(axis, ()) + rules
+            found.append(kind.rules(np.where((own >= 0) & (own < width), own, width)))
             first += width
-        return found
+        return together(found)
+
+
+def together(found: Iterable[Rules]) -> dict[str, tuple[LayerRule, ...]]:
+    """The rules of several kinds, axis by axis."""
+    axes: dict[str, tuple[LayerRule, ...]] = {}
+    for rules in found:
+        for axis, own in rules.items():
+            axes[axis] = axes.get(axis, ()) + own
+    return axes
 
 
 def stacked(tables: Sequence[Float64]) -> Float64:

@@ -9,7 +9,7 @@ import numpy as np
 from fallow.arrays import Float64, Int64
 from fallow.engine.runner import ModelRunner
 from fallow.models.config import ModelConfig
-from fallow.plan import LayerRule
+from fallow.plan import KV_HEAD, LayerRule
 from fallow.sparsification.choices import Choices, Load, Rules
 from fallow.sparsification.page_prices import COUNTS, RECENT_PAGES, SINK_PAGES
 
@@ -50,7 +50,7 @@ class PageChoices(Choices):
             LayerRule(
                 "top_pages",
                 layer,
-                f"kv_head.{head}",
+                f"{KV_HEAD}{head}",
                 {"sink_pages": SINK_PAGES, "recent_pages": RECENT_PAGES, "top_pages": count},
             )
             for (layer, head), count in counts.items()

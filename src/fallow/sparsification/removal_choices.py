@@ -10,9 +10,9 @@ import numpy as np
 from fallow.arrays import Float64, Int64
 from fallow.models.config import ModelConfig
 from fallow.models.info import held_bytes
-from fallow.models.structure import NEURON_GROUP
+from fallow.models.structure import NEURON_GROUP, NEURONS
 from fallow.models.tensors import Checkpoint
-from fallow.plan import LayerRule
+from fallow.plan import KV_HEAD, LayerRule
 from fallow.sparsification.choices import LayerChoices, Rules
 from fallow.sparsification.removal_prices import Removals
 
@@ -24,7 +24,7 @@ _MATRICES: dict[Part, tuple[str, ...]] = {
     "neurons": ("gate_proj", "up_proj", "down_proj"),
 }
 _BLOCKS: dict[Part, str] = {"heads": "attention", "neurons": "ffn"}
-_TARGETS: dict[Part, str] = {"heads": "kv_head.", "neurons": "neurons."}
+_TARGETS: dict[Part, str] = {"heads": KV_HEAD, "neurons": NEURONS}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fallow.engine.runner import ModelRunner, Precision
 from fallow.errors import FallowError
 from fallow.files import decoded, replacing_folder
 from fallow.models.checkpoint import open_checkpoint
+from fallow.models.decoder import Decoder
 from fallow.models.decoder_weights import load_decoder
 from fallow.models.head_screen import SCREEN_FILE
 from fallow.models.info import describe
@@ -147,10 +148,10 @@ def sparsify(
             own_texts = texts_of(engine, *OWN_TEXTS, seed=1) if screens else []
     head = head_rules() if screens else None
     start = replace(beside, attention=None, structure=None, head=head, provenance=provenance)
-    decoder = load_decoder(checkpoint, context=context).eval().requires_grad_(False)
+    decoder = _decoder(checkpoint, context)
     choices = kinds.priced(decoder, windows.calibrated, progress)
+    head_screen = fit_screen(decoder, checkpoint, [*windows.calibrated, *own_texts]) if screens else None
     del decoder
-    head_screen = fit_screen(checkpoint, [*windows.calibrated, *own_texts]) if screens else None
     keys_and_values = sum(kind.bytes for kind in choices if isinstance(kind, PageChoices))
     read = describe(checkpoint, precision=precision).bytes_per_token + keys_and_values
     menu = Menu(choices, read, spared_bytes(checkpoint, precision) if screens else 0.0)
@@ -172,6 +173,12 @@ def sparsify(
     if healing is not None:
         healing.remove()
     return SparsifyResult(str(model), folder, load, found, measured, ordered, heal, accuracy)
+
+
+def _decoder(checkpoint: Checkpoint, context: int) -> Decoder:
+    """For windows of text, and for what the model writes."""
+    longest = max(context, OWN_TEXTS[1])
+    return load_decoder(checkpoint, context=longest).eval().requires_grad_(False)
 
 
 def _floor(task: str | None, floor: float | None, limit: int | None, context: int) -> Floor | None:
@@ -229,7 +236,8 @@ def _healed(
         healing.begin(costly.plan, costly.price, texts)
     checkpoint, head_screen = healing.run(search.on_note, judge.progress), None
     if judge.head_screen is not None:
-        head_screen = fit_screen(checkpoint, [*windows.calibrated, *own_texts])
+        decoder = _decoder(checkpoint, judge.load.context)
+        head_screen = fit_screen(decoder, checkpoint, [*windows.calibrated, *own_texts])
     before = search.start.provenance
     what = {"healed": f"{healing.tokens} tokens", "healed_from": before["weights"], "weights": _digest(checkpoint)}
     return replace(

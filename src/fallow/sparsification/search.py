@@ -9,7 +9,7 @@ from typing import Any
 
 from fallow.arrays import Int64
 from fallow.plan import SparsityPlan
-from fallow.sparsification.choices import Choices, stacked, unstacked
+from fallow.sparsification.choices import Choices, stacked, together, unstacked
 from fallow.sparsification.judge import Judge
 from fallow.sparsification.solve import choose
 
@@ -59,10 +59,7 @@ class Menu:
 
     def plan(self, chosen: Sequence[Int64], start: SparsityPlan) -> SparsityPlan:
         """``start`` with the rules of what was chosen."""
-        found = [kind.rules(c) for kind, c in zip(self.kinds, chosen, strict=True)]
-        axes: dict[str, Any] = {}
-        for axis in {axis for rules in found for axis in rules}:
-            axes[axis] = tuple(rule for rules in found for rule in rules.get(axis, ()))
+        axes: dict[str, Any] = together(kind.rules(c) for kind, c in zip(self.kinds, chosen, strict=True))
         return replace(start, **axes)
 
     def describe(self, chosen: Sequence[Int64]) -> str:

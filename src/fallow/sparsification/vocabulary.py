@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fallow.models.decoder_weights import load_decoder
+from fallow.models.decoder import Decoder
 from fallow.models.head_screen import DIRECTIONS, SIGN_GROUP, HeadScreen, mean_products
 from fallow.models.info import held_bytes
 from fallow.models.tensors import Checkpoint
@@ -30,9 +30,8 @@ def screens_head(checkpoint: Checkpoint, load: Load) -> bool:
     return fits and load.batch <= _MOST_SEQUENCES
 
 
-def fit_screen(checkpoint: Checkpoint, windows: Sequence[Sequence[int]]) -> HeadScreen:
+def fit_screen(decoder: Decoder, checkpoint: Checkpoint, windows: Sequence[Sequence[int]]) -> HeadScreen:
     """The screen of a model's head for the hidden states that it has over ``windows`` of token ids."""
-    decoder = load_decoder(checkpoint, context=max(map(len, windows))).eval()
     with torch.no_grad():
         hidden = (decoder(torch.tensor(tokens)[None])[0].numpy() for tokens in windows)
         return HeadScreen.fit(mean_products(hidden), checkpoint.head)
