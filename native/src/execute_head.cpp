@@ -3,9 +3,9 @@
 // them comes every other tile that could change the choice: in which a logit comes within `safe_deviations` of the
 // screen's errors of what a token had to reach; one that was looked at once is looked at again before. Of these errors
 // the screen knows the standard deviation for each row over some text; how much larger or smaller they are for this
-// token is known from the logits of which there are both. A draw from the whole distribution takes the largest logit too, after noise
-// (kernels/noise.h); one under top-k or min-p hangs on the last token that was kept; one under top-p needs all logits.
-// Drafts (Mode::draft) take what the shortlist says.
+// token is known from the logits of which there are both. A draw from the whole distribution takes the largest logit too,
+// after noise (kernels/noise.h); one under top-k or min-p hangs on the last token that was kept; one under top-p needs all
+// logits. Drafts (Mode::draft) take what the shortlist says.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -13,6 +13,7 @@
 #include <stdexcept>
 
 #include "bits.h"
+#include "kernels/largest.h"
 #include "program.h"
 
 namespace fallow {
@@ -124,24 +125,21 @@ void Program::finish_logits(int r, float cap, int first, int last, float* logits
   if (is_noisy(p) && step_.mode == Mode::plan) kernels_.perturb(values, first * lanes, width, p.temperature, noise_key(p), values);
 }
 
-void Program::execute(const op::Shortlist& o, int index, int thread, const Part& part) {
-  auto& found = scratch_[thread].sample.candidates;
+// The tiles that hold the largest, in order; and those whose peak equals the smallest of these.
+void Program::execute(const op::Shortlist& o, int index, int, const Part& part) {
   const bool is_second = index == rescore_ - 1;
   for (int r = part.begin; r < part.end; ++r) {
     HeadRow& head = head_rows_[r];
     if (head.whole) continue;
-    const float* peaks = head.peaks.data();
-    auto count = static_cast<int>(head.peaks.size());
-    if (is_second) {
-      count = static_cast<int>(head.closer.size());
-      for (int i = 0; i < count; ++i) head.bounds[i] = head.peaks[head.closer[i]];
-      peaks = head.bounds.data();
-    }
-    largest_values(peaks, count, std::min(o.tiles, count), -infinity, found);
+    const auto count = static_cast<int>(is_second ? head.closer.size() : head.peaks.size());
+    head.order.resize(count);
+    for (int i = 0; i < count; ++i) head.order[i] = ordered_bits(head.peaks[is_second ? head.closer[i] : i]);
+    const uint32_t least = kernels::largest(head.order.data(), count, std::min(o.tiles, count));
     auto& list = is_second ? head.wanted : head.closer;
     list.clear();
-    for (const auto& [peak, i] : found) list.push_back(is_second ? head.closer[i] : i);
-    std::sort(list.begin(), list.end());
+    for (int i = 0; i < count; ++i) {
+      if (head.order[i] >= least) list.push_back(is_second ? head.closer[i] : i);
+    }
     if (is_second) {
       head.exact.clear();
       begin_round(head);
@@ -272,8 +270,7 @@ void Program::want_doubtful_tiles(int r, float reach) {
   head.wanted.clear();
   head.closer.clear();
   for (int tile = 0; tile < screen().tiles; ++tile) {
-    if (head.looks[tile] != Look::once || !may_reach(tile)) continue;
-    head.closer.push_back(tile);
+    if (head.looks[tile] == Look::once && may_reach(tile)) head.closer.push_back(tile);
   }
   head.changes.assign(head.closer.size(), 0.0);
   look_again(r, 0, static_cast<int>(head.closer.size()));

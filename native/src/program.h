@@ -303,6 +303,7 @@ class Program {
     float scales[2] = {};         // of the screen's errors in this row after each look, in units of the deviations that it knows
     std::vector<float> peaks;     // of each tile the largest logit, and the deviations with which tiles compete
     std::vector<float> bounds;    // of tiles in question the largest logit that there may be
+    std::vector<uint32_t> order;  // of tiles that compete: bits in the order of their peaks
     std::vector<Look> looks;      // of each tile
     std::vector<int32_t> closer;  // tiles that get a second look
     std::vector<int32_t> wanted;  // tiles to be computed, an even number

@@ -217,6 +217,7 @@ def test_the_clock_counts_the_first_step_as_the_others():
 
 
 @needs_trainer
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on(recipe_file: Path, tmp_path: Path):
     results = tmp_path / "results.jsonl"
     labels: set[str] = set()

@@ -40,8 +40,8 @@ FALLOW_INLINE void add_codes(const ScreenTask& task, const ScreenRows& rows, con
   }
 }
 
-// Signs at `bits` of columns from `group` groups on. With every group fetch() is called: to fetch more at once would be
-// to wait for each other.
+// The signs at `bits`, of `count` groups of columns from `group` on. With every group fetch() is called: fetches that are
+// made at once wait for each other.
 template <class S, int MR, int NR, class Fetch>
 FALLOW_INLINE void add_signs(const ScreenTask& task, const ScreenRows& rows, const uint8_t* const (&bits)[NR], int group, int count, const Fetch& fetch,
                              typename S::F (&signs)[MR][NR]) {
@@ -77,7 +77,7 @@ FALLOW_INLINE void add_signs(const ScreenTask& task, const ScreenRows& rows, con
   }
 }
 
-// The first look at tiles, which are fetched at `tile`; the next ones lie at `next`, `fetch` bytes a group.
+// The first look at NR tiles from `tile` on, while with every group of columns `fetch` bytes from `next` on are fetched.
 template <class S, int MR, int NR>
 FALLOW_INLINE void screen_tiles(const ScreenTask& task, int row, int tile, const uint8_t* next, size_t fetch) {
   using F = typename S::F;
