@@ -241,7 +241,7 @@ nb::tuple feed_forward(const std::string& isa, const std::optional<WeightSource>
 }
 
 // Approximate logits of activations after one look, begun in the middle, as threads share them; or after two, for one
-// row after the other, of all tiles from the last one to the first.
+// row after the other, of all tiles from the last one to the first: of every other row without the first look's.
 NumpyFloats screen(const std::string& isa, const PackedSigns& w, const Matrix& along, const Matrix& rest, bool again) {
   const Kernels& kernels = kernels_of(isa);
   if (along.shape(0) != rest.shape(0) || along.shape(1) != static_cast<size_t>(PackedSigns::directions) ||
@@ -261,16 +261,16 @@ NumpyFloats screen(const std::string& isa, const PackedSigns& w, const Matrix& a
   const size_t stride = static_cast<size_t>(w.tiles) * lanes;
   std::vector<float> out(rows * stride);
   const ScreenTask task{&w, along_format, rest_format, along_rows.data(), rest_rows.data(), rows, out.data(), stride};
+  kernels.screen(task, w.tiles / 2, w.tiles);
+  kernels.screen(task, 0, w.tiles / 2);
   std::vector<int32_t> list(w.tiles);
   std::iota(list.rbegin(), list.rend(), 0);
   for (int r = 0; again && r < rows; ++r) {
+    const bool is_known = r % 2 == 0;
+    if (!is_known) std::fill_n(out.data() + r * stride, stride, 1.f);
     const ScreenTask one{&w, along_format, rest_format, along_rows.data() + r * along_format.row_bytes(), rest_rows.data() + r * rest_format.row_bytes(),
                          1, out.data() + r * stride, stride};
-    kernels.screen_again(one, list.data(), w.tiles);
-  }
-  if (!again) {
-    kernels.screen(task, w.tiles / 2, w.tiles);
-    kernels.screen(task, 0, w.tiles / 2);
+    kernels.screen_again(one, list.data(), w.tiles, is_known);
   }
   std::vector<float> values(rows * static_cast<size_t>(w.out_features));
   for (int r = 0; r < rows; ++r) std::copy_n(out.data() + r * stride, w.out_features, values.data() + static_cast<size_t>(r) * w.out_features);

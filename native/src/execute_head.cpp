@@ -21,6 +21,7 @@ namespace {
 
 constexpr float likely_deviations = 1.5f;  // with which tiles compete to be computed first; LIKELY in models/head_screen.py
 constexpr float safe_deviations = 5.f;
+constexpr int change_every = 8;  // of so many tiles that get a second look one tells how much such looks change
 constexpr int most_rounds = 2;  // of further tiles, before a row gets all of them
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
@@ -82,7 +83,7 @@ void Program::execute(const op::Screen& o, int, int, const Part& part) {
   }
 }
 
-// A row's tiles [first, last) of those that get a second look; and how much it changes.
+// A row's tiles [first, last) of those that get a second look; and of some of them how much it changes.
 void Program::look_again(int r, int first, int last) {
   constexpr int together = 16;
   const op::Screen& o = first_look();
@@ -92,16 +93,19 @@ void Program::look_again(int r, int first, int last) {
   float* logits = row(o.out, r, part);
   const ScreenTask task{&w, activations_[o.along].format, activations_[o.rest].format, activation_row(o.along, r, part), activation_row(o.rest, r, part),
                         1, logits, buffers_[o.out].stride};
+  const bool is_known = o.cap == 0.f && !has_noise(r);  // the logits are still what the first look gave
   for (; first < last; first += together) {
     const int count = std::min(together, last - first);
     const int32_t* list = head.closer.data() + first;
     float before[together][lanes];
     for (int i = 0; i < count; ++i) std::copy_n(logits + list[i] * lanes, lanes, before[i]);
-    kernels_.screen_again(task, list, count);
+    kernels_.screen_again(task, list, count, is_known);
     for (int i = 0; i < count; ++i) {
       const int tile = list[i];
       finish_logits(r, o.cap, tile, tile + 1, logits);
-      head.changes[first + i] = squared_errors(tile, w.differences(tile), before[i], logits + tile * lanes);
+      if ((first + i) % change_every == 0) {
+        head.changes[(first + i) / change_every] = squared_errors(tile, w.differences(tile), before[i], logits + tile * lanes);
+      }
       kernels_.screened_peaks(w, 1, logits, likely_deviations, tile, tile + 1, head.peaks.data());
       head.looks[tile] = Look::twice;
     }
@@ -122,8 +126,10 @@ void Program::finish_logits(int r, float cap, int first, int last, float* logits
   const int width = (last - first) * lanes;
   if (cap > 0.f) kernels_.soft_cap(values, width, cap);
   const SamplingRow& p = sample_->sampling[r];
-  if (is_noisy(p) && step_.mode == Mode::plan) kernels_.perturb(values, first * lanes, width, p.temperature, noise_key(p), values);
+  if (has_noise(r)) kernels_.perturb(values, first * lanes, width, p.temperature, noise_key(p), values);
 }
+
+bool Program::has_noise(int r) const { return step_.mode == Mode::plan && is_noisy(sample_->sampling[r]); }
 
 // The tiles that hold the largest, in order; and those whose peak equals the smallest of these.
 void Program::execute(const op::Shortlist& o, int index, int, const Part& part) {
@@ -145,10 +151,12 @@ void Program::execute(const op::Shortlist& o, int index, int, const Part& part) 
       begin_round(head);
     } else {
       std::fill(head.looks.begin(), head.looks.end(), Look::once);
-      head.changes.assign(list.size(), 0.0);
+      begin_looks(head);
     }
   }
 }
+
+void Program::begin_looks(HeadRow& head) { head.changes.assign((head.closer.size() + change_every - 1) / change_every, 0.0); }
 
 // Linears take tiles in pairs: where one is left, it is taken twice.
 void Program::begin_round(HeadRow& head) {
@@ -272,7 +280,7 @@ void Program::want_doubtful_tiles(int r, float reach) {
   for (int tile = 0; tile < screen().tiles; ++tile) {
     if (head.looks[tile] == Look::once && may_reach(tile)) head.closer.push_back(tile);
   }
-  head.changes.assign(head.closer.size(), 0.0);
+  begin_looks(head);
   look_again(r, 0, static_cast<int>(head.closer.size()));
   for (int tile = 0; tile < screen().tiles; ++tile) {
     if (head.looks[tile] == Look::twice && may_reach(tile)) head.wanted.push_back(tile);

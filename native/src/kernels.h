@@ -210,8 +210,8 @@ struct Kernels {
   void (*perturb)(const float* x, int first, int width, float temperature, NoiseKey key, float* out);
   // The first look at tiles [begin, end) of the screen.
   void (*screen)(const ScreenTask&, int begin, int end);
-  // Both looks at the tiles of a list, for one row.
-  void (*screen_again)(const ScreenTask&, const int32_t* list, int count);
+  // A second look at the tiles of a list, for one row; is_known: out holds what the first one gave.
+  void (*screen_again)(const ScreenTask&, const int32_t* list, int count, bool is_known);
   // Of each of these tiles the largest logit after `margin` > 0 of its deviations, those of a first (0) or second look (1).
   void (*screened_peaks)(const PackedSigns&, int look, const float* logits, float margin, int begin, int end, float* peaks);
 };

@@ -308,7 +308,7 @@ class Program {
     std::vector<int32_t> closer;  // tiles that get a second look
     std::vector<int32_t> wanted;  // tiles to be computed, an even number
     std::vector<int32_t> exact;   // tiles that are
-    std::vector<double> changes;  // of each tile that gets a second look: what it changes, squared, in units of deviations
+    std::vector<double> changes;  // of some tiles that get a second look: what it changes, squared, in units of deviations
     std::vector<double> errors;   // of each tile wanted: the same of what is computed
   };
   std::vector<float> largest_deviations_[2];  // of each tile after each look, together: the screen's own lie far apart
@@ -318,7 +318,9 @@ class Program {
   const op::Screen& first_look() const { return std::get<op::Screen>(operations_[rescore_ - 4]); }
   const PackedSigns& screen() const { return *signs_[first_look().signs]; }
   void look_again(int row, int first, int last);
+  bool has_noise(int row) const;
   void finish_logits(int row, float cap, int first, int last, float* logits) const;
+  static void begin_looks(HeadRow&);
   static void begin_round(HeadRow&);
   void compute_whole(const op::Rescore&, int begin, int end, int thread, const Part&);
   void compute_wanted(const op::Rescore&, int row, int thread, const Part&);

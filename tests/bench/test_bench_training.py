@@ -259,6 +259,7 @@ def test_an_interrupted_comparison_goes_on(recipe_file: Path, tmp_path: Path):
     assert "times as fast to the target" in table.stdout
 
 
+@pytest.mark.slow
 def test_a_search_runs_no_trial_twice(recipe_file: Path, tmp_path: Path):
     trials = tmp_path / "baselines" / "tiny-trials.jsonl"
     first = tune(recipe_file, "ours", threads=1, jobs=2)

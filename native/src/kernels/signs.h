@@ -131,9 +131,10 @@ void screen(const ScreenTask& task, int begin, int end) {
   }
 }
 
-// Both looks at NR tiles of the list, while the `following` next ones of it are fetched.
+// A second look at NR tiles of the list, while the `following` next ones of it are fetched. Where it is not known what
+// the first look gave, that is computed again, to the same bits.
 template <class S, int NR>
-FALLOW_INLINE void screen_tiles_again(const ScreenTask& task, const int32_t* list, int following) {
+FALLOW_INLINE void screen_tiles_again(const ScreenTask& task, const int32_t* list, int following, bool is_known) {
   using F = typename S::F;
   const PackedSigns& w = *task.weights;
   const ScreenRows rows(task, 0);
@@ -152,19 +153,22 @@ FALLOW_INLINE void screen_tiles_again(const ScreenTask& task, const int32_t* lis
   size_t line = 0;
   const auto fetch_next = [&] {
     for (int n = 0; n < following; ++n) {
-      if (line < w.tile_bytes()) prefetch_far(w.tile(list[NR + n]) + line);
+      if (!is_known && line < w.tile_bytes()) prefetch_far(w.tile(list[NR + n]) + line);
       if (line < w.second_bytes()) prefetch_far(w.second(list[NR + n]) + line);
     }
     line += cache_line;
   };
-  add_codes<S, 1, NR>(task, rows, tiles, codes);
-  add_signs<S, 1, NR>(task, rows, bits[0], 0, w.first_groups(), fetch_next, signs[0]);
+  if (!is_known) {
+    add_codes<S, 1, NR>(task, rows, tiles, codes);
+    add_signs<S, 1, NR>(task, rows, bits[0], 0, w.first_groups(), fetch_next, signs[0]);
+  }
   add_signs<S, 1, NR>(task, rows, bits[1], w.first_groups(), w.other_groups(), fetch_next, signs[1]);
   add_signs<S, 1, NR>(task, rows, bits[2], 0, w.groups(), fetch_next, signs[2]);
   const F scale = S::set1(*reinterpret_cast<const float*>(rows.along + task.along_format.scales_at()) * PackedSigns::code_step);
 #pragma GCC unroll 8
   for (int n = 0; n < NR; ++n) {
-    F sum = S::fma(S::to_float(codes[0][n]), scale, S::mul(signs[0][0][n], S::load_bf16(w.scales(list[n]))));
+    F sum = S::load(task.out + list[n] * lanes);
+    if (!is_known) sum = S::fma(S::to_float(codes[0][n]), scale, S::mul(signs[0][0][n], S::load_bf16(w.scales(list[n]))));
     sum = S::fma(signs[1][0][n], S::load_bf16(w.second_scales(list[n], 0)), sum);
     sum = S::fma(signs[2][0][n], S::load_bf16(w.second_scales(list[n], 1)), sum);
     S::store(task.out + list[n] * lanes, sum);
@@ -172,11 +176,11 @@ FALLOW_INLINE void screen_tiles_again(const ScreenTask& task, const int32_t* lis
 }
 
 template <class S>
-void screen_again(const ScreenTask& task, const int32_t* list, int count) {
+void screen_again(const ScreenTask& task, const int32_t* list, int count, bool is_known) {
   constexpr int together = S::max_rows >= 4 ? 4 : 1;
   int i = 0;
-  for (; i + together <= count; i += together) screen_tiles_again<S, together>(task, list + i, std::min(together, count - i - together));
-  for (; i < count; ++i) screen_tiles_again<S, 1>(task, list + i, std::min(1, count - i - 1));
+  for (; i + together <= count; i += together) screen_tiles_again<S, together>(task, list + i, std::min(together, count - i - together), is_known);
+  for (; i < count; ++i) screen_tiles_again<S, 1>(task, list + i, std::min(1, count - i - 1), is_known);
 }
 
 // Of each tile the largest logit after `margin` > 0 of its deviations: rows beyond the last have none.
