@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <numeric>
 
 #include "kernels.h"
 #include "sample.h"
@@ -240,9 +239,8 @@ nb::tuple feed_forward(const std::string& isa, const std::optional<WeightSource>
   return nb::make_tuple(owned<float>(std::move(values), {gates.shape(0), gates.shape(1)}), owned<float>(std::move(sums), {x.shape(0), x.shape(1)}));
 }
 
-// Approximate logits of activations after one look, begun in the middle, as threads share them; or after two, for one
-// row after the other, of all tiles from the last one to the first: of every other row without the first look's.
-NumpyFloats screen(const std::string& isa, const PackedSigns& w, const Matrix& along, const Matrix& rest, bool again) {
+// Approximate logits of activations, begun in the middle, as threads share them.
+NumpyFloats screen(const std::string& isa, const PackedSigns& w, const Matrix& along, const Matrix& rest) {
   const Kernels& kernels = kernels_of(isa);
   if (along.shape(0) != rest.shape(0) || along.shape(1) != static_cast<size_t>(PackedSigns::directions) ||
       rest.shape(1) != static_cast<size_t>(w.in_features) || w.data == nullptr) {
@@ -263,15 +261,6 @@ NumpyFloats screen(const std::string& isa, const PackedSigns& w, const Matrix& a
   const ScreenTask task{&w, along_format, rest_format, along_rows.data(), rest_rows.data(), rows, out.data(), stride};
   kernels.screen(task, w.tiles / 2, w.tiles);
   kernels.screen(task, 0, w.tiles / 2);
-  std::vector<int32_t> list(w.tiles);
-  std::iota(list.rbegin(), list.rend(), 0);
-  for (int r = 0; again && r < rows; ++r) {
-    const bool is_known = r % 2 == 0;
-    if (!is_known) std::fill_n(out.data() + r * stride, stride, 1.f);
-    const ScreenTask one{&w, along_format, rest_format, along_rows.data() + r * along_format.row_bytes(), rest_rows.data() + r * rest_format.row_bytes(),
-                         1, out.data() + r * stride, stride};
-    kernels.screen_again(one, list.data(), w.tiles, is_known);
-  }
   std::vector<float> values(rows * static_cast<size_t>(w.out_features));
   for (int r = 0; r < rows; ++r) std::copy_n(out.data() + r * stride, w.out_features, values.data() + static_cast<size_t>(r) * w.out_features);
   return owned<float>(std::move(values), {along.shape(0), static_cast<size_t>(w.out_features)});
@@ -305,7 +294,7 @@ void bind_kernels(nb::module_& m) {
         "queries"_a, "window"_a, "scale"_a, "sink_pages"_a = 0, "recent_pages"_a = 1, "top_pages"_a = std::vector<int>{});
   m.def("feed_forward", &feed_forward, "isa"_a, "up"_a.none(), "down"_a, "x"_a, "gates"_a, nb::kw_only(), "precision"_a, "activation"_a, "threshold"_a,
         "initial"_a, "gate"_a.none() = nb::none());
-  m.def("screen", &screen, "isa"_a, "signs"_a, "along"_a, "rest"_a, nb::kw_only(), "again"_a = false);
+  m.def("screen", &screen, "isa"_a, "signs"_a, "along"_a, "rest"_a);
   m.def("noise", &noise, "isa"_a, "count"_a, nb::kw_only(), "seed"_a, "draw"_a);
   m.def(
       "unpack",

@@ -97,20 +97,19 @@ nb::dict describe(const PackedLinear& w) {
 
 void bind_program(nb::module_& m) {
   nb::class_<PackedSigns>(m, "Signs")
-      .def(nb::init<int, int, int>(), "out_features"_a, "in_features"_a, "first"_a)
+      .def(nb::init<int, int>(), "out_features"_a, "in_features"_a)
       .def(
           "put_rows",
-          [](PackedSigns& w, int begin, const Matrix& along, const Matrix& rest, const Matrix& deviations) {
+          [](PackedSigns& w, int first, const Matrix& along, const Matrix& rest, const Floats& deviations) {
             if (w.memory.data() == nullptr) throw std::invalid_argument("the signs belong to a program already");
             const size_t rows = along.shape(0);
-            if (along.shape(1) != static_cast<size_t>(PackedSigns::directions) || rest.shape(0) != rows ||
-                rest.shape(1) != static_cast<size_t>(w.in_features) || deviations.shape(0) != static_cast<size_t>(PackedSigns::looks) ||
-                deviations.shape(1) != rows) {
+            if (along.shape(1) != static_cast<size_t>(PackedSigns::directions) || rest.shape(0) != rows || deviations.size() != rows ||
+                rest.shape(1) != static_cast<size_t>(w.in_features)) {
               throw std::invalid_argument("along, rest and deviations are not those of the same rows");
             }
-            w.put_rows(begin, static_cast<int>(rows), along.data(), rest.data(), deviations.data());
+            w.put_rows(first, static_cast<int>(rows), along.data(), rest.data(), deviations.data());
           },
-          "begin"_a, "along"_a, "rest"_a, "deviations"_a);
+          "first"_a, "along"_a, "rest"_a, "deviations"_a);
   m.attr("screen_directions") = PackedSigns::directions;
   nb::class_<Program>(m, "Program")
       .def(
@@ -216,7 +215,6 @@ void bind_program(nb::module_& m) {
           [](Program& p, int along, int rest, int signs, int out, float cap) { p.add(op::Screen{along, rest, signs, out, cap}); }, "along"_a,
           "rest"_a, "signs"_a, "out"_a, nb::kw_only(), "cap"_a = 0.f)
       .def("shortlist", [](Program& p, int logits, int tiles) { p.add(op::Shortlist{logits, tiles}); }, "logits"_a, nb::kw_only(), "tiles"_a)
-      .def("screen_again", [](Program& p, int out) { p.add(op::ScreenAgain{out}); }, "out"_a)
       .def(
           "rescore", [](Program& p, int activations, int weights, int out, float cap) { p.add(op::Rescore{activations, weights, out, cap}); },
           "activations"_a, "weights"_a, "out"_a, nb::kw_only(), "cap"_a = 0.f)

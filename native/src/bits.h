@@ -16,12 +16,6 @@ inline uint32_t float_to_bits(float f) {
   return u;
 }
 
-// In the order of the floats.
-inline uint32_t ordered_bits(float f) {
-  const uint32_t u = float_to_bits(f);
-  return (u & 0x80000000u) != 0 ? ~u : u | 0x80000000u;
-}
-
 inline float bf16_to_float(uint16_t h) { return bits_to_float(static_cast<uint32_t>(h) << 16); }
 inline uint16_t float_to_bf16(float f) {  // round to nearest even
   const uint32_t u = float_to_bits(f);

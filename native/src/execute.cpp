@@ -76,7 +76,6 @@ Program::Part Program::part_of(int index, int thread) const {
                           std::holds_alternative<op::Neurons>(operations_[index]) ||
                           std::holds_alternative<op::Spread>(operations_[index]) ||
                           std::holds_alternative<op::Screen>(operations_[index]) ||
-                          std::holds_alternative<op::ScreenAgain>(operations_[index]) ||
                           std::holds_alternative<op::Rescore>(operations_[index]);
   if (by_columns) return {0, n, thread, pool_.size(), 0};
   return {share(n, thread), share(n, thread + 1), 0, 1, 0};

@@ -1,11 +1,10 @@
-// The head where most of the vocabulary rests. A screen (signs.h) gives every token an approximate logit, takes a second
-// look at the tiles of the head with the largest, and those whose logits are the largest then are computed exactly. After
-// them comes every other tile that could change the choice: in which a logit comes within `safe_deviations` of the
-// screen's errors of what a token had to reach; one that was looked at once is looked at again before. Of these errors
-// the screen knows the standard deviation for each row over some text; how much larger or smaller they are for this
-// token is known from the logits of which there are both. A draw from the whole distribution takes the largest logit too,
-// after noise (kernels/noise.h); one under top-k or min-p hangs on the last token that was kept; one under top-p needs all
-// logits. Drafts (Mode::draft) take what the shortlist says.
+// The head where most of the vocabulary rests. A screen (signs.h) gives every token an approximate logit; the tiles of the
+// head with the largest are computed exactly, and then every other tile that could change the choice: in which a logit
+// comes within `safe_deviations` of the screen's errors of what a token had to reach. Of these errors the screen knows
+// the standard deviation for each row over some text; how much larger or smaller they are for this token is known from
+// the logits of which there are both. A draw from the whole distribution takes the largest logit too, after noise
+// (kernels/noise.h); one under top-k or min-p hangs on the last token that was kept; one under top-p needs all logits.
+// Drafts (Mode::draft) take what the shortlist says.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -13,7 +12,6 @@
 #include <stdexcept>
 
 #include "bits.h"
-#include "kernels/largest.h"
 #include "program.h"
 
 namespace fallow {
@@ -21,7 +19,6 @@ namespace {
 
 constexpr float likely_deviations = 1.5f;  // with which tiles compete to be computed first; LIKELY in models/head_screen.py
 constexpr float safe_deviations = 5.f;
-constexpr int change_every = 8;  // of so many tiles that get a second look one tells how much such looks change
 constexpr int most_rounds = 2;  // of further tiles, before a row gets all of them
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
@@ -34,21 +31,21 @@ void Program::prepare_head() {
   const auto found = std::find_if(operations_.begin(), operations_.end(), [](const Operation& o) { return std::holds_alternative<op::Rescore>(o); });
   if (found == operations_.end()) return;
   rescore_ = static_cast<int>(found - operations_.begin());
-  for (int look = 0; look < PackedSigns::looks; ++look) {
-    for (int tile = 0; tile < screen().tiles; ++tile) {
-      const uint16_t* deviations = screen().deviations(tile, look);
-      float most = 0.f;
-      for (int i = 0; i < lanes; ++i) most = std::max(most, bf16_to_float(deviations[i]));
-      largest_deviations_[look].push_back(most);
-    }
+  for (int tile = 0; tile < screen().tiles; ++tile) {
+    const uint16_t* deviations = screen().deviations(tile);
+    float most = 0.f;
+    for (int i = 0; i < lanes; ++i) most = std::max(most, bf16_to_float(deviations[i]));
+    largest_deviations_.push_back(most);
   }
   head_rows_.resize(limits_.max_logit_rows);
   for (HeadRow& row : head_rows_) {
     row.peaks.resize(screen().tiles);
     row.bounds.resize(screen().tiles);
-    row.looks.resize(screen().tiles);
+    row.is_exact.resize(screen().tiles);
   }
 }
+
+const PackedSigns& Program::screen() const { return *signs_[std::get<op::Screen>(operations_[rescore_ - 2]).signs]; }
 
 void Program::begin_head() {
   if (rescore_ < 0) return;
@@ -78,45 +75,8 @@ void Program::execute(const op::Screen& o, int, int, const Part& part) {
     for (; begin < end; ++begin) {
       float* logits = row(o.out, begin, part);
       finish_logits(begin, o.cap, first, last, logits);
-      kernels_.screened_peaks(w, 0, logits, likely_deviations, first, last, head_rows_[begin].peaks.data());
+      kernels_.screened_peaks(w, logits, likely_deviations, first, last, head_rows_[begin].peaks.data());
     }
-  }
-}
-
-// A row's tiles [first, last) of those that get a second look; and of some of them how much it changes.
-void Program::look_again(int r, int first, int last) {
-  constexpr int together = 16;
-  const op::Screen& o = first_look();
-  const PackedSigns& w = screen();
-  HeadRow& head = head_rows_[r];
-  const Part part{r, r + 1, 0, 1, 0};
-  float* logits = row(o.out, r, part);
-  const ScreenTask task{&w, activations_[o.along].format, activations_[o.rest].format, activation_row(o.along, r, part), activation_row(o.rest, r, part),
-                        1, logits, buffers_[o.out].stride};
-  const bool is_known = o.cap == 0.f && !has_noise(r);  // the logits are still what the first look gave
-  for (; first < last; first += together) {
-    const int count = std::min(together, last - first);
-    const int32_t* list = head.closer.data() + first;
-    float before[together][lanes];
-    for (int i = 0; i < count; ++i) std::copy_n(logits + list[i] * lanes, lanes, before[i]);
-    kernels_.screen_again(task, list, count, is_known);
-    for (int i = 0; i < count; ++i) {
-      const int tile = list[i];
-      finish_logits(r, o.cap, tile, tile + 1, logits);
-      if ((first + i) % change_every == 0) {
-        head.changes[(first + i) / change_every] = squared_errors(tile, w.differences(tile), before[i], logits + tile * lanes);
-      }
-      kernels_.screened_peaks(w, 1, logits, likely_deviations, tile, tile + 1, head.peaks.data());
-      head.looks[tile] = Look::twice;
-    }
-  }
-}
-
-void Program::execute(const op::ScreenAgain&, int, int, const Part& part) {
-  for (int r = part.begin; r < part.end; ++r) {
-    if (head_rows_[r].whole) continue;
-    const auto count = static_cast<int>(head_rows_[r].closer.size());
-    look_again(r, part.first_of(count), part.end_of(count));
   }
 }
 
@@ -126,37 +86,24 @@ void Program::finish_logits(int r, float cap, int first, int last, float* logits
   const int width = (last - first) * lanes;
   if (cap > 0.f) kernels_.soft_cap(values, width, cap);
   const SamplingRow& p = sample_->sampling[r];
-  if (has_noise(r)) kernels_.perturb(values, first * lanes, width, p.temperature, noise_key(p), values);
+  if (is_noisy(p) && step_.mode == Mode::plan) kernels_.perturb(values, first * lanes, width, p.temperature, noise_key(p), values);
 }
 
-bool Program::has_noise(int r) const { return step_.mode == Mode::plan && is_noisy(sample_->sampling[r]); }
-
-// The tiles that hold the largest, in order; and those whose peak equals the smallest of these.
-void Program::execute(const op::Shortlist& o, int index, int, const Part& part) {
-  const bool is_second = index == rescore_ - 1;
+void Program::execute(const op::Shortlist& o, int, int thread, const Part& part) {
+  auto& found = scratch_[thread].sample.candidates;
   for (int r = part.begin; r < part.end; ++r) {
     HeadRow& head = head_rows_[r];
     if (head.whole) continue;
-    const auto count = static_cast<int>(is_second ? head.closer.size() : head.peaks.size());
-    head.order.resize(count);
-    for (int i = 0; i < count; ++i) head.order[i] = ordered_bits(head.peaks[is_second ? head.closer[i] : i]);
-    const uint32_t least = kernels::largest(head.order.data(), count, std::min(o.tiles, count));
-    auto& list = is_second ? head.wanted : head.closer;
-    list.clear();
-    for (int i = 0; i < count; ++i) {
-      if (head.order[i] >= least) list.push_back(is_second ? head.closer[i] : i);
-    }
-    if (is_second) {
-      head.exact.clear();
-      begin_round(head);
-    } else {
-      std::fill(head.looks.begin(), head.looks.end(), Look::once);
-      begin_looks(head);
-    }
+    const auto tiles = static_cast<int>(head.peaks.size());
+    largest_values(head.peaks.data(), tiles, std::min(o.tiles, tiles), -infinity, found);
+    std::fill(head.is_exact.begin(), head.is_exact.end(), 0);
+    head.exact.clear();
+    head.wanted.clear();
+    for (const auto& [peak, tile] : found) head.wanted.push_back(tile);
+    std::sort(head.wanted.begin(), head.wanted.end());
+    begin_round(head);
   }
 }
-
-void Program::begin_looks(HeadRow& head) { head.changes.assign((head.closer.size() + change_every - 1) / change_every, 0.0); }
 
 // Linears take tiles in pairs: where one is left, it is taken twice.
 void Program::begin_round(HeadRow& head) {
@@ -207,16 +154,17 @@ void Program::compute_wanted(const op::Rescore& o, int r, int thread, const Part
     for (int n = 0; n < count; ++n) {
       const int tile = head.wanted[i + n];
       finish_logits(r, o.cap, tile, tile + 1, logits);
-      head.errors[i + n] = squared_errors(tile, screen().deviations(tile, 1), before[n], logits + tile * lanes);
+      head.errors[i + n] = squared_errors(tile, before[n], logits + tile * lanes);
     }
   }
 }
 
 // Of a tile, in units of its rows' deviations.
-double Program::squared_errors(int tile, const uint16_t* deviations, const float* before, const float* after) const {
+double Program::squared_errors(int tile, const float* screened, const float* exact) const {
+  const uint16_t* deviations = screen().deviations(tile);
   double total = 0;
   for (int i = 0; i < std::min(lanes, vocab_size() - tile * lanes); ++i) {
-    const double error = (static_cast<double>(after[i]) - before[i]) / std::max(bf16_to_float(deviations[i]), 1e-6f);
+    const double error = (static_cast<double>(exact[i]) - screened[i]) / std::max(bf16_to_float(deviations[i]), 1e-6f);
     total += error * error;
   }
   return total;
@@ -231,15 +179,12 @@ void Program::choose_token(int r, SampleScratch& scratch) {
     return;
   }
   if (head.rounds == 0) {
-    const auto root_mean = [](const std::vector<double>& squares) {
-      return static_cast<float>(std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0) / static_cast<double>(squares.size() * lanes)));
-    };
-    head.scales[0] = root_mean(head.changes);
-    head.scales[1] = root_mean(head.errors);
+    const double total = std::accumulate(head.errors.begin(), head.errors.end(), 0.0);
+    head.scale = static_cast<float>(std::sqrt(total / static_cast<double>(head.wanted.size() * lanes)));
   }
   for (const int32_t tile : head.wanted) {
-    if (head.looks[tile] != Look::exact) head.exact.push_back(tile);
-    head.looks[tile] = Look::exact;
+    if (head.is_exact[tile] == 0) head.exact.push_back(tile);
+    head.is_exact[tile] = 1;
   }
   if (head.rounds == 0) head.listed = head.exact.size();
   const float* logits = sample_->logits + static_cast<size_t>(r) * sample_->stride;
@@ -253,37 +198,26 @@ void Program::choose_token(int r, SampleScratch& scratch) {
     return;
   }
   const float reach = p.is_draw() && !is_noisy(p) ? sample_row(*sample_, r, scratch).reach : take_largest(r, logits);
-  const bool lost = !std::isfinite(reach) || !std::isfinite(head.scales[0]) || !std::isfinite(head.scales[1]);
-  if (!lost) want_doubtful_tiles(r, reach);
+  want_doubtful_tiles(head, logits, reach);
+  const bool lost = !std::isfinite(reach) || !std::isfinite(head.scale);
   head.doubtful = lost || !head.wanted.empty();
   if (!head.doubtful) return;
   head.whole = lost || ++head.rounds > most_rounds || head.wanted.size() > head.peaks.size() / 4;
   begin_round(head);
 }
 
-// Tiles that are not exact and may hold a logit that reaches what a token has to, after a second look. From the peaks and
-// the largest deviation of a tile follows more than it can have, mostly too little: few tiles have to be looked at.
-void Program::want_doubtful_tiles(int r, float reach) {
+// Tiles that are not exact and may hold a logit that reaches what a token has to. From the peaks and the largest deviation
+// of a tile follows more than it can have, mostly too little: few tiles have to be looked at.
+void Program::want_doubtful_tiles(HeadRow& head, const float* logits, float reach) {
   constexpr float rounding = 1e-5f;
-  HeadRow& head = head_rows_[r];
-  const float* logits = sample_->logits + static_cast<size_t>(r) * sample_->stride;
-  const auto may_reach = [&](int tile) {
-    const int look = static_cast<int>(head.looks[tile]);
-    const float margin = safe_deviations * std::max(head.scales[look], 1e-6f);
-    const float more = std::max(margin - likely_deviations, 0.f) * largest_deviations_[look][tile];
-    if (head.peaks[tile] + more + rounding * (std::fabs(head.peaks[tile]) + more) < reach) return false;
-    kernels_.screened_peaks(screen(), look, logits, margin, tile, tile + 1, head.bounds.data());
-    return !(head.bounds[tile] < reach);
-  };
+  const float margin = safe_deviations * std::max(head.scale, 1e-6f);
+  const float further = std::max(margin - likely_deviations, 0.f);
   head.wanted.clear();
-  head.closer.clear();
   for (int tile = 0; tile < screen().tiles; ++tile) {
-    if (head.looks[tile] == Look::once && may_reach(tile)) head.closer.push_back(tile);
-  }
-  begin_looks(head);
-  look_again(r, 0, static_cast<int>(head.closer.size()));
-  for (int tile = 0; tile < screen().tiles; ++tile) {
-    if (head.looks[tile] == Look::twice && may_reach(tile)) head.wanted.push_back(tile);
+    const float more = further * largest_deviations_[tile];
+    if (head.is_exact[tile] != 0 || head.peaks[tile] + more + rounding * (std::fabs(head.peaks[tile]) + more) < reach) continue;
+    kernels_.screened_peaks(screen(), logits, margin, tile, tile + 1, head.bounds.data());
+    if (!(head.bounds[tile] < reach)) head.wanted.push_back(tile);
   }
 }
 

@@ -208,12 +208,10 @@ struct Kernels {
   void (*spread)(const SpreadTask&, int begin, int end);
   // Logits of tokens [first, first + width), width a multiple of 16: out = x + temperature * noise.
   void (*perturb)(const float* x, int first, int width, float temperature, NoiseKey key, float* out);
-  // The first look at tiles [begin, end) of the screen.
+  // Tiles [begin, end) of the screen.
   void (*screen)(const ScreenTask&, int begin, int end);
-  // A second look at the tiles of a list, for one row; is_known: out holds what the first one gave.
-  void (*screen_again)(const ScreenTask&, const int32_t* list, int count, bool is_known);
-  // Of each of these tiles the largest logit after `margin` > 0 of its deviations, those of a first (0) or second look (1).
-  void (*screened_peaks)(const PackedSigns&, int look, const float* logits, float margin, int begin, int end, float* peaks);
+  // Of each of these tiles the largest logit after `margin` > 0 of its deviations.
+  void (*screened_peaks)(const PackedSigns&, const float* logits, float margin, int begin, int end, float* peaks);
 };
 
 // What linears of weights that lie by rows or by columns keep in their scratch memory, one after the other: numbers of what

@@ -113,10 +113,6 @@ void Program::finish(int logits_buffer) {
     return w;
   };
   row_kind_.clear();
-  // Whether an operation of this kind lies so many places before the one that is checked.
-  const auto follows = [&](auto kind, size_t by = 1) {
-    return row_kind_.size() >= by && std::holds_alternative<decltype(kind)>(operations_[row_kind_.size() - by]);
-  };
   for (const auto& operation : operations_) {
     std::visit(
         Overloaded{
@@ -255,16 +251,13 @@ void Program::finish(int logits_buffer) {
               require(o.cap >= 0.f && std::isfinite(o.cap), "screen: the cap must be a number of at least 0");
             },
             [&](const op::Shortlist& o) {
-              require((follows(op::Screen{}) || follows(op::ScreenAgain{})) && o.logits == logits_buffer, "shortlist: it follows a look of a screen");
+              require(row_kind_.size() > 0 && std::holds_alternative<op::Screen>(operations_[row_kind_.size() - 1]) && o.logits == logits_buffer,
+                      "shortlist: it follows a screen");
               require(o.tiles > 0, "shortlist: it is empty");
             },
-            [&](const op::ScreenAgain& o) {
-              require(follows(op::Shortlist{}) && follows(op::Screen{}, 2) && o.out == logits_buffer,
-                      "screen_again: it follows the shortlist of a first look");
-            },
             [&](const op::Rescore& o) {
-              require(follows(op::Shortlist{}) && follows(op::ScreenAgain{}, 2) && o.out == logits_buffer,
-                      "rescore: it follows the shortlist of a second look");
+              require(row_kind_.size() > 0 && std::holds_alternative<op::Shortlist>(operations_[row_kind_.size() - 1]) && o.out == logits_buffer,
+                      "rescore: it follows a shortlist");
               const PackedLinear& w = reading(o.activations, o.weights);
               require(w.layout == Layout::tiles && w.out_features == width(o.out), "rescore: the weights lie otherwise, or have another vocabulary than the logits");
               require(o.cap >= 0.f && std::isfinite(o.cap), "rescore: the cap must be a number of at least 0");
@@ -389,7 +382,6 @@ void Program::find_runs() {
                    [&](const op::Gather& o) { leaves_run(o.x), leaves_run(o.out), alone = true; },
                    [&](const op::Screen& o) { writes(o.out); },
                    [&](const op::Shortlist& o) { reads(o.logits); },
-                   [&](const op::ScreenAgain& o) { reads(o.out); },
                    [&](const op::Rescore& o) { reads(o.out); },
                },
                operations_[i]);

@@ -114,11 +114,8 @@ struct Screen {  // approximate logits out of activations along the first direct
   int along, rest, signs, out;
   float cap;  // soft, or 0
 };
-struct Shortlist {  // of each row the tiles that hold the largest: of all after a first look, of these after a second one
+struct Shortlist {  // of each row the tiles that hold the largest
   int logits, tiles;
-};
-struct ScreenAgain {  // the logits of these, less approximate
-  int out;
 };
 struct Rescore {  // the logits of these, exactly
   int activations, weights, out;
@@ -128,7 +125,7 @@ struct Rescore {  // the logits of these, exactly
 
 using Operation = std::variant<op::Embed, op::Norm, op::NormQuantise, op::Quantise, op::Linear, op::Rope, op::Attention,
                                op::Add, op::Gate, op::Mix, op::SoftCap, op::AboveThreshold, op::KeepLargest, op::Neurons, op::Spread, op::Gather, op::Screen,
-                               op::Shortlist, op::ScreenAgain, op::Rescore>;
+                               op::Shortlist, op::Rescore>;
 
 struct Limits {
   int max_tokens, max_sequences, max_logit_rows, num_pages, max_positions;
@@ -290,41 +287,32 @@ class Program {
   void execute(const op::Gather&, int index, int thread, const Part&);
   void execute(const op::Screen&, int index, int thread, const Part&);
   void execute(const op::Shortlist&, int index, int thread, const Part&);
-  void execute(const op::ScreenAgain&, int index, int thread, const Part&);
   void execute(const op::Rescore&, int index, int thread, const Part&);
 
-  enum class Look : uint8_t { once, twice, exact };  // what is known of a tile of the head
   struct HeadRow {  // of a logit row where most of the vocabulary rests
     bool screened = false;  // it began with approximate logits
     bool whole = true;      // all of its logits are exact, or are about to be
     bool doubtful = false;  // `wanted` could change its token
     int rounds = 0;
     size_t listed = 0;            // how many of `exact` the shortlist was
-    float scales[2] = {};         // of the screen's errors in this row after each look, in units of the deviations that it knows
+    float scale = 0.f;            // of the screen's errors in this row, in units of the deviations that it knows
     std::vector<float> peaks;     // of each tile the largest logit, and the deviations with which tiles compete
     std::vector<float> bounds;    // of tiles in question the largest logit that there may be
-    std::vector<uint32_t> order;  // of tiles that compete: bits in the order of their peaks
-    std::vector<Look> looks;      // of each tile
-    std::vector<int32_t> closer;  // tiles that get a second look
     std::vector<int32_t> wanted;  // tiles to be computed, an even number
     std::vector<int32_t> exact;   // tiles that are
-    std::vector<double> changes;  // of some tiles that get a second look: what it changes, squared, in units of deviations
-    std::vector<double> errors;   // of each tile wanted: the same of what is computed
+    std::vector<char> is_exact;   // of each tile
+    std::vector<double> errors;   // of each tile wanted: squared, in units of deviations
   };
-  std::vector<float> largest_deviations_[2];  // of each tile after each look, together: the screen's own lie far apart
+  std::vector<float> largest_deviations_;  // of each tile of a screen, together: the screen's own lie far apart
   void prepare_head();
-  void want_doubtful_tiles(int row, float reach);
+  void want_doubtful_tiles(HeadRow& head, const float* logits, float reach);
   void begin_head();
-  const op::Screen& first_look() const { return std::get<op::Screen>(operations_[rescore_ - 4]); }
-  const PackedSigns& screen() const { return *signs_[first_look().signs]; }
-  void look_again(int row, int first, int last);
-  bool has_noise(int row) const;
+  const PackedSigns& screen() const;
   void finish_logits(int row, float cap, int first, int last, float* logits) const;
-  static void begin_looks(HeadRow&);
   static void begin_round(HeadRow&);
   void compute_whole(const op::Rescore&, int begin, int end, int thread, const Part&);
   void compute_wanted(const op::Rescore&, int row, int thread, const Part&);
-  double squared_errors(int tile, const uint16_t* deviations, const float* before, const float* after) const;
+  double squared_errors(int tile, const float* screened, const float* exact) const;
   void choose_token(int row, SampleScratch&);
   float take_largest(int row, const float* logits) const;
   void sample_rows(int thread);

@@ -57,12 +57,11 @@ def test_a_product_is_the_same_in_the_basis(screen: HeadScreen, head: Float32) -
     np.testing.assert_allclose((states @ screen.projection.T) @ turned.T, states @ head.T, rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize(("look", "share"), [(0, 0.35), (1, 0.1)])
-def test_its_errors_are_as_large_as_it_says(screen: HeadScreen, head: Float32, look: int, share: float) -> None:
+def test_its_errors_are_as_large_as_it_says(screen: HeadScreen, head: Float32) -> None:
     states = hidden_states(400, 5)
-    errors = states @ head.T - screen.logits(states, tensor(head), look=look)
-    assert np.abs(errors).mean() < share * np.abs(states @ head.T - (states @ head.T).mean()).mean()
-    ratio = np.sqrt((errors.astype(np.float64) ** 2).mean(0)) / screen.deviations[look]
+    errors = states @ head.T - screen.logits(states, tensor(head))
+    assert np.abs(errors).mean() < 0.2 * np.abs(states @ head.T - (states @ head.T).mean()).mean()
+    ratio = np.sqrt((errors.astype(np.float64) ** 2).mean(0)) / screen.deviations
     assert 0.9 < ratio.mean() < 1.2  # the text that it knows was short
     assert ratio.std() < 0.15
 
@@ -70,8 +69,8 @@ def test_its_errors_are_as_large_as_it_says(screen: HeadScreen, head: Float32, l
 def test_the_shortlist_holds_the_largest(screen: HeadScreen, head: Float32) -> None:
     states = hidden_states(60, 6)
     largest = (states @ head.T).argmax(1)
-    found = screen.shortlist(states, tensor(head), 160, tile=16)
-    assert found.shape == (60, 10)
+    found = screen.shortlist(states, tensor(head), 480, tile=16)
+    assert found.shape == (60, 30)
     assert (np.diff(found, axis=1) > 0).all()
     assert np.mean([token // 16 in tiles for token, tiles in zip(largest, found, strict=True)]) > 0.95
     every = screen.shortlist(states[:1], tensor(head), VOCABULARY, tile=16)
@@ -106,8 +105,7 @@ def put(value: float) -> Callable[[Float32], Float32]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed("deviations", lambda x: x[:, :-1]), f"deviations must be [2, {VOCABULARY}]"),
-        (changed("deviations", lambda x: x[0]), "an earlier version of fallow"),
+        (changed("deviations", lambda x: x[:-1]), f"deviations must be [{VOCABULARY}]"),
         (changed("projection", lambda x: x[:-1]), f"projection must be [{HIDDEN}, {HIDDEN}]"),
         (changed("projection", lambda x: x.astype(np.float16)), "of F32"),
         (changed("projection", np.zeros_like), "projection is no basis"),

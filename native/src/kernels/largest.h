@@ -2,16 +2,14 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 namespace fallow::kernels {
 
-// A number that `count` of n values reach; more where several are equal to it. Values are of 32 bits, none negative.
-template <class T>
-inline T largest(const T* values, int n, int count) {
+// A number that `count` of n values, none negative, reach; more where several are equal to it.
+inline float largest(const float* values, int n, int count) {
   // Bits of such floats are in the order of the floats: the answer is found one bit after the other.
   uint32_t found = 0;
-  for (uint32_t bit = std::is_floating_point_v<T> ? 1u << 30 : 1u << 31; bit != 0; bit >>= 1) {
+  for (uint32_t bit = 1u << 30; bit != 0; bit >>= 1) {
     const uint32_t at_least = found | bit;
     int reached = 0;
     for (int i = 0; i < n; ++i) {
@@ -22,7 +20,7 @@ inline T largest(const T* values, int n, int count) {
     if (reached >= count) found = at_least;
     if (reached == count) break;
   }
-  T result;
+  float result;
   std::memcpy(&result, &found, 4);
   return result;
 }

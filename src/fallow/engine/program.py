@@ -16,7 +16,7 @@ from fallow import _native
 from fallow.arrays import Bytes, Float32
 from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize
-from fallow.models.head_screen import CLOSER, DIRECTIONS, SIGN_GROUP, HeadScreen, first_signs, row_blocks
+from fallow.models.head_screen import DIRECTIONS, SIGN_GROUP, HeadScreen, row_blocks
 from fallow.models.quantize import quantize_q4_1, quantize_q8_0
 from fallow.models.resting import PageRule, Resting, ScreenRule
 from fallow.models.rope import rope_table
@@ -111,14 +111,13 @@ class ProgramBuilder:
     def signs(self, screen: HeadScreen) -> int:
         """Packs the screen's view of the head's rows."""
         head = self.checkpoint.head
-        vocab_size, hidden_size = head.shape
-        signs = _native.Signs(vocab_size, hidden_size, first_signs(hidden_size))
-        begin = 0
+        signs = _native.Signs(*head.shape)
+        first = 0
         for rows in row_blocks(head):
             along, rest = screen.parts(rows)
-            deviations = screen.deviations[:, begin : begin + len(rows)]
-            signs.put_rows(begin, np.ascontiguousarray(along), _padded(rest, axis=1), np.ascontiguousarray(deviations))
-            begin += len(rows)
+            deviations = screen.deviations[first : first + len(rows)]
+            signs.put_rows(first, np.ascontiguousarray(along), _padded(rest, axis=1), deviations)
+            first += len(rows)
         self.report["head_screen"] = "signs"
         return self.program.signs(signs)
 
@@ -219,10 +218,7 @@ class DecoderProgram:
         cap = config.logit_softcap or 0.0
         along, rest = rounded
         program.screen(along, rest, builder.signs(screen), logits, cap=cap)
-        tiles = min(-(-rule.candidates // TILE_ROWS), -(-config.vocab_size // TILE_ROWS))
-        program.shortlist(logits, tiles=CLOSER * tiles)
-        program.screen_again(logits)
-        program.shortlist(logits, tiles=tiles)
+        program.shortlist(logits, tiles=-(-rule.candidates // TILE_ROWS))
         program.rescore(whole, head, logits, cap=cap)
 
     def _attention(self, layer: int) -> None:

@@ -2,10 +2,9 @@
 
 The vocabulary's rows are of full rank (on SmolLM2-135M a rank of 128 of 576 leaves an error of 1.4 to 1.9 nats), but a
 sign tells most of what a row has to say along a direction. So hidden states and rows are turned into a basis in which
-the former are uncorrelated and the latter's columns independent (a principal component analysis of the logits). For a
-first look the screen keeps of each row its numbers along the ``DIRECTIONS`` that matter most in 8 bits, along the next
-a sign, and one scale for these. For a second look, which only likely tokens get, it keeps signs along all others and
-then, along all, the sign of what the first signs leave: two bits for each number.
+the former are uncorrelated and the latter's columns independent (a principal component analysis of the logits), and the
+screen keeps of each row its numbers along the ``DIRECTIONS`` that matter most in 8 bits, along all others a sign, and
+one scale for all signs.
 """
 
 from __future__ import annotations
@@ -26,9 +25,6 @@ from fallow.models.tensors import Checkpoint, RawTensor
 
 DIRECTIONS = 16
 SIGN_GROUP = 32  # columns whose signs lie together: hidden sizes are multiples of it
-LOOKS = 2
-CLOSER = 16
-"""For each tile that is computed at once so many get a second look."""
 LIKELY = 1.5
 SCREEN_FILE = "head_screen.safetensors"
 _BLOCK = 4096  # rows at a time
@@ -40,8 +36,8 @@ class HeadScreen:
     """What the screen of a head needs beside its rows.
 
     ``projection [hidden, hidden]`` turns hidden states into the basis, most important direction first, in units in
-    which rows have a mean square of 1 along each. ``deviations [LOOKS, vocab]``: of each row the standard deviation of
-    the screen's error, in nats, after one look and after two.
+    which rows have a mean square of 1 along each. ``deviations [vocab]``: of each row the standard deviation of the
+    screen's error, in nats.
     """
 
     projection: Float32
@@ -68,7 +64,7 @@ class HeadScreen:
         sizes, basis = sizes[::-1], basis[:, ::-1]
         units = np.sqrt(np.maximum(sizes, 1e-30 * sizes[0]) / head.shape[0])  # of rows along each direction
         projection = (inverse @ basis * units).T.astype(np.float32)
-        screen = HeadScreen(np.ascontiguousarray(projection), np.zeros((LOOKS, head.shape[0]), np.float32))
+        screen = HeadScreen(np.ascontiguousarray(projection), np.zeros(head.shape[0], np.float32))
         return HeadScreen(screen.projection, screen._deviations(head, units[DIRECTIONS:]))
 
     def _deviations(self, head: RawTensor, units: Float64) -> Float32:
@@ -76,8 +72,8 @@ class HeadScreen:
         found = []
         for rows in row_blocks(head):
             rest = self.parts(rows)[1]
-            found.append([np.sqrt((((rest - _signs(rest, look)) * units) ** 2).sum(1)) for look in range(LOOKS)])
-        deviations: Float32 = np.maximum(np.concatenate(found, 1), 1e-6).astype(np.float32)
+            found.append(np.sqrt((((rest - _signs(rest)) * units) ** 2).sum(1)))
+        deviations: Float32 = np.maximum(np.concatenate(found), 1e-6).astype(np.float32)
         return deviations
 
     def parts(self, rows: Float32) -> tuple[Float32, Float32]:
@@ -85,30 +81,22 @@ class HeadScreen:
         turned = rows @ self.directions
         return turned[:, :DIRECTIONS], turned[:, DIRECTIONS:]
 
-    def logits(self, hidden: Float32, head: RawTensor, *, look: int) -> Float32:
-        """The screen's logits ``[n, vocab]`` of hidden states ``[n, hidden]`` after one look (0) or two (1), without
-        rounding: the reference."""
+    def logits(self, hidden: Float32, head: RawTensor) -> Float32:
+        """The screen's logits ``[n, vocab]`` of hidden states ``[n, hidden]``, without rounding: the reference."""
         coordinates = hidden @ self.projection.T
         first, others = coordinates[:, :DIRECTIONS], coordinates[:, DIRECTIONS:]
         parts = map(self.parts, row_blocks(head))
-        return np.concatenate([first @ along.T + others @ _signs(rest, look).T for along, rest in parts], 1)
+        return np.concatenate([first @ along.T + others @ _signs(rest).T for along, rest in parts], 1)
 
     def shortlist(self, hidden: Float32, head: RawTensor, candidates: int, *, tile: int) -> Int64:
-        """The tiles of ``tile`` tokens that are computed at once for each row of ``hidden [n, hidden]``: of those that
-        hold the largest logits after a first look, ``LIKELY`` deviations added, those that hold the largest after a
-        second one; ``[n, tiles]``."""
-        once, twice = (self._peaks(hidden, head, look, tile) for look in range(LOOKS))
-        tiles = -(-candidates // tile)
-        closer = np.argsort(-once, 1)[:, : CLOSER * tiles]
-        best = np.argsort(-np.take_along_axis(twice, closer, 1), 1)[:, :tiles]
-        found: Int64 = np.sort(np.take_along_axis(closer, best, 1), 1)
+        """The tiles of ``tile`` tokens that are computed at once for each row of ``hidden [n, hidden]``: those that
+        hold the largest logits, ``LIKELY`` deviations added; ``[n, tiles]``."""
+        likely = self.logits(hidden, head) + LIKELY * self.deviations
+        padding = -likely.shape[1] % tile
+        likely = np.pad(likely, ((0, 0), (0, padding)), constant_values=-np.inf)
+        peaks = likely.reshape(len(hidden), -1, tile).max(2)
+        found: Int64 = np.sort(np.argsort(-peaks, 1)[:, : -(-candidates // tile)], 1)
         return found
-
-    def _peaks(self, hidden: Float32, head: RawTensor, look: int, tile: int) -> Float32:
-        likely = self.logits(hidden, head, look=look) + LIKELY * self.deviations[look]
-        padded = np.pad(likely, ((0, 0), (0, -likely.shape[1] % tile)), constant_values=-np.inf)
-        peaks: Float32 = padded.reshape(len(hidden), -1, tile).max(2)
-        return peaks
 
     @staticmethod
     def beside(checkpoint: Checkpoint) -> HeadScreen:
@@ -122,15 +110,14 @@ class HeadScreen:
         """Raises ``ModelFileError`` where the file is not there, damaged, or another model's."""
         if not path.is_file():
             raise ModelFileError(f"The plan screens the head, but {path} is not there: make the plan again.")
-        shapes = {"projection": (hidden_size, hidden_size), "deviations": (LOOKS, vocab_size)}
+        shapes = {"projection": (hidden_size, hidden_size), "deviations": (vocab_size,)}
         tensors = read_header(path)
         arrays = {}
         for name, shape in shapes.items():
             tensor = tensors.get(name)
             if tensor is None or tensor.dtype != "F32" or tensor.shape != shape:
                 raise ModelFileError(
-                    f"{path} is no screen of this model's head, or one of an earlier version of fallow: {name} must be "
-                    f"{list(shape)} numbers of F32. Make the plan again."
+                    f"{path} is no screen of this model's head: {name} must be {list(shape)} numbers of F32."
                 )
             array = tensor.read().view("<f4").astype(np.float32, copy=False).reshape(shape)
             if not np.isfinite(array).all() or (name == "deviations" and not (array > 0).all()):
@@ -153,26 +140,9 @@ class HeadScreen:
             file.write(save({field.name: np.ascontiguousarray(getattr(self, field.name)) for field in fields(self)}))
 
 
-def first_signs(hidden_size: int) -> int:
-    """Of how many directions there are signs at a first look: five ninths of the hidden size, in whole groups."""
-    return SIGN_GROUP * max(1, round(5 * hidden_size / (9 * SIGN_GROUP)))
-
-
-def _signs(rest: Float32, look: int) -> Float32:
-    """What of each row is kept for a look: signs, and the scales that are best for all of them."""
-    first = min(first_signs(rest.shape[1] + DIRECTIONS), rest.shape[1])
-    known, others = rest[:, :first], rest[:, first:]
-    if look == 0:
-        return np.concatenate([_one_bit(known), np.zeros_like(others)], 1)
-    kept = np.concatenate([_one_bit(known), _one_bit(others)], 1)
-    return kept + _one_bit(rest - kept)
-
-
-def _one_bit(x: Float32) -> Float32:
-    """Signs, and the scale of least error."""
-    if x.shape[1] == 0:
-        return x
-    signs: Float32 = np.where(x > 0, 1, -1) * np.abs(x).mean(1, keepdims=True)
+def _signs(rest: Float32) -> Float32:
+    """What of each row is kept: signs, and the scale that is best for all of them."""
+    signs: Float32 = np.where(rest > 0, 1, -1) * np.abs(rest).mean(1, keepdims=True)
     return signs
 
 

@@ -43,8 +43,8 @@ class Resting:
 
 @dataclass(frozen=True)
 class ScreenRule:
-    """How the head is screened: of the tokens that look most likely after two looks, ``candidates`` are computed at
-    once, and further ones where the choice needs them."""
+    """How the head is screened: of the tokens that look most likely, ``candidates`` are computed at once, and further
+    ones where the choice needs them."""
 
     candidates: int
 

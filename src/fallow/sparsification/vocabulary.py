@@ -7,20 +7,20 @@ from collections.abc import Sequence
 import torch
 
 from fallow.models.decoder import Decoder
-from fallow.models.head_screen import CLOSER, DIRECTIONS, SIGN_GROUP, HeadScreen, first_signs, mean_products
+from fallow.models.head_screen import DIRECTIONS, SIGN_GROUP, HeadScreen, mean_products
 from fallow.models.info import held_bytes
 from fallow.models.tensors import Checkpoint
 from fallow.plan import LayerRule
 from fallow.sparsification.choices import Load
 
-CANDIDATES = 512
-"""Tokens that are computed at once: the choice is among them 999 times of 1,000, and they are 1% of 49,152."""
+CANDIDATES = 768
+"""Tokens that are computed at once: few of a hundred choices need more, and they are 1.6% of 49,152."""
 OWN_TEXTS = (12, 512)
 """How many texts of how many tokens the model writes for its screen: a basis needs more of them than it has
 directions, and what the model writes is what it chooses words after."""
 _MOST_SEQUENCES = 4
 """A screen's signs cost as much arithmetic as the codes of the head do: it spares bytes, which count for few."""
-_LEAST_VOCABULARY = 24 * CANDIDATES  # below it the whole head is not much more
+_LEAST_VOCABULARY = 16 * CANDIDATES  # below it the whole head is not much more
 
 
 def screens_head(checkpoint: Checkpoint, load: Load) -> bool:
@@ -45,7 +45,4 @@ def spared_bytes(checkpoint: Checkpoint, precision: str) -> float:
     """What a step of one sequence reads less where the head is screened."""
     vocab, hidden = checkpoint.head.shape
     whole = held_bytes(checkpoint.head, precision, is_head=True)
-    first = first_signs(hidden)
-    once = DIRECTIONS + first / 8 + 4  # of a row: codes, signs, two numbers
-    again = (hidden - first) / 8 + hidden / 8 + 8  # more signs, four numbers
-    return whole * (1 - CANDIDATES / vocab) - vocab * once - CLOSER * CANDIDATES * (once + again)
+    return whole * (1 - CANDIDATES / vocab) - vocab * (DIRECTIONS + hidden / 8 + 4)  # codes, signs, two numbers
