@@ -169,11 +169,11 @@ def test_what_is_computed_is_what_the_reference_computes(smollm2_gguf: Path) -> 
     candidates = 512
     runner = model.runner(screened(candidates))
     agreed = []
-    prompts = [random_rows(model.vocab_size, 1, 8, number) for number in range(6)]
-    hidden = np.concatenate([next(hidden_states(model.decoder, prompt))[-1:] for prompt in prompts])
+    prompts = random_rows(model.vocab_size, 6, 8, 0)
+    hidden = np.stack([states[-1] for states in hidden_states(model.decoder, prompts)])
     expected = model.screen.shortlist(hidden, model.checkpoint.head, candidates, tile=TILE_ROWS)
     for prompt, tiles in zip(prompts, expected, strict=True):
-        token = int(step(runner, prompt, parameters(1)).tokens[0])
+        token = int(step(runner, [prompt], parameters(1)).tokens[0])
         computed = set(runner.head_tiles(0, shortlist=True))
         assert computed <= set(runner.head_tiles(0))
         assert token // TILE_ROWS in runner.head_tiles(0)
