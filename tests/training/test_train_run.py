@@ -136,6 +136,12 @@ def test_options_that_change_no_loss(recipe_file: Path, tmp_path: Path):
         assert losses(tmp_path / override) == pytest.approx(losses(whole.folder), rel=1e-6), override
 
 
+def test_no_compiler_is_a_sentence(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(FallowError, match=r"there is no no-such-compiler here: install one, .* set train\.compile to"):
+        train(load_recipe(recipe_file, ["train.compile=true"]), out=tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_compiled_it_is_the_same_run_but_for_rounding(recipe_file: Path, tmp_path: Path):
     longer = ["data.context=160", "train.precision=bf16", "report.evaluate_tokens=1280"]  # more than a block of keys

@@ -19,6 +19,7 @@ from fallow.models.config import ModelConfig
 from fallow.models.page_choice import attention_to_chosen_pages
 from fallow.models.resting import Resting, resting, screen_rule
 from fallow.models.rope import rope_table
+from fallow.models.structure import Kept
 from fallow.plan import SparsityPlan
 
 _INITIAL_STD = 0.02
@@ -231,10 +232,13 @@ class Decoder(nn.Module):
             layer.rests = rests
 
     def compile_layers(self) -> None:
-        """Compile each layer by itself: those that are alike share what was compiled for the first."""
+        """Compile each layer by itself: those that are alike share what was compiled for the first. Layers that choose
+        pages or of which parts are removed stay as they are: hardly two of them are alike."""
         self.is_compiled = True
         for layer in self.layers:
-            layer.compile()
+            assert isinstance(layer, Layer)
+            if layer.rests.pages is None and layer.rests.kept == Kept():
+                layer.compile()
 
     @property
     def down_projections(self) -> list[Linear]:

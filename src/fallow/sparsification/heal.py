@@ -19,6 +19,7 @@ from fallow.models.tensors import Checkpoint
 from fallow.models.tokenizer import load_tokenizer
 from fallow.plan import FILE_NAME, SparsityPlan
 from fallow.terminal import Progress
+from fallow.training.compiler import has_compiler
 from fallow.training.loop import StepReport
 from fallow.training.recipe import (
     DataRecipe,
@@ -36,6 +37,7 @@ ALLOWANCE = 3.0
 search goes on, to more or to less."""
 _STEP_TOKENS = 16_384  # of a step, some ten windows: fewer are too few texts for one direction
 _TOKENS_AT_ONCE = 4096  # in one pass; a window that is longer goes alone
+_WORTH_COMPILING = 1 << 16  # tokens: compiling takes half a minute, which some 20,000 of SmolLM2 give back
 _LEARNING_RATE = 2e-4
 """For AdamW. Weights must go half a step of their grid (0.03 for SmolLM2 in 4 bits) before anything changes, so this is
 ten times what is usual for tuning in floating point."""
@@ -141,7 +143,7 @@ class Healing:
                 batch=max(_STEP_TOKENS // self.context, 1),
                 micro_batch=max(_TOKENS_AT_ONCE // self.context, 1),
                 warmup_share=0.1,
-                compile=False,
+                compile=self.tokens >= _WORTH_COMPILING and has_compiler(),
                 checkpoint_activations=True,  # masks of chosen pages are as large as attention itself, in every layer
             ),
             optimizer=(OptimizerRecipe(kind="adamw", parameters=("*",), lr=_LEARNING_RATE),),

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -55,6 +56,7 @@ class Distillation:
             lambda part: self.teacher.logits(known[part]),
             counts.flatten(),
             softcap=student.config.logit_softcap,
+            compiled=student.is_compiled,
         )
 
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -121,30 +123,43 @@ def divergence(
     *,
     softcap: float | None = None,
     block: int | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """The summed Kullback-Leibler divergence (nats, float32) from the teacher's distribution to that of ``hidden
     [tokens, hidden]`` under ``head [vocab, hidden]``, over the tokens that ``counts`` (bool ``[tokens]``).
 
-    ``teacher_logits`` gives those of some of the tokens, float32 ``[tokens, vocab]``. ``softcap`` is that of
-    ``Decoder``, ``block`` the tokens whose logits exist at once. The gradient, which goes to ``hidden`` and ``head``
-    alone, can be taken once.
+    ``teacher_logits`` gives those of some of the tokens, ``[tokens, vocab]``. ``softcap`` is that of ``Decoder``,
+    ``block`` the tokens whose logits exist at once. What is done to the logits of a block can be ``compiled``. The
+    gradient, which goes to ``hidden`` and ``head`` alone, can be taken once.
     """
+    compute = _compiled_block() if compiled else _block
 
     def of_block(logits: Tensor, part: slice, needs_gradient: bool) -> tuple[Tensor, Tensor]:
-        wide = logits.float()
-        if softcap is not None:
-            capped = torch.tanh(wide / softcap)
-            wide = softcap * capped
-        own = wide.log_softmax(-1)
-        known = teacher_logits(part).log_softmax(-1)
-        likely = known.exp()
-        counted = counts[part, None]
-        loss = torch.where(counted, likely * (known - own), 0.0).sum()
-        if not needs_gradient:
-            return loss, logits
-        gradient = own.exp_().sub_(likely).mul_(counted)
-        if softcap is not None:
-            gradient *= 1 - capped.square()
-        return loss, gradient.to(logits.dtype)
+        return compute(logits, teacher_logits(part), counts[part, None], softcap, needs_gradient)
 
     return blockwise(hidden, head, of_block, block=block)
+
+
+@cache
+def _compiled_block() -> Callable[[Tensor, Tensor, Tensor, float | None, bool], tuple[Tensor, Tensor]]:
+    return torch.compile(_block)
+
+
+def _block(
+    logits: Tensor, teacher_logits: Tensor, counted: Tensor, softcap: float | None, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The summed divergence of a block, and the gradient of its logits in their type."""
+    wide = logits.float()
+    if softcap is not None:
+        capped = torch.tanh(wide / softcap)
+        wide = softcap * capped
+    own = wide.log_softmax(-1)
+    known = teacher_logits.float().log_softmax(-1)
+    likely = known.exp()
+    loss = torch.where(counted, likely * (known - own), 0.0).sum()
+    if not needs_gradient:
+        return loss, logits
+    gradient = (own.exp() - likely) * counted
+    if softcap is not None:
+        gradient = gradient * (1 - capped.square())
+    return loss, gradient.to(logits.dtype)

@@ -156,7 +156,7 @@ class Trainer:
         self._meter = StepMeter(processes, on_note)
         self._flops = flops_per_token(decoder, recipe.data.context)
         if distillation is not None:
-            distillation.teacher.to(processes.device)
+            place(distillation.teacher, processes, compiled=train.compile)
             self._flops += flops_per_token(distillation.teacher, recipe.data.context, forward_only=True)
         self._peak = processes.total(peak_flops(decoder.compute, processes.device))
         self._signal = 0  # that came to this process

@@ -182,8 +182,6 @@ class Recipe(Section):
                 "[distil] computes with rounded weights in both passes: set train.fused_update to false, so that the "
                 "others are updated afterwards"
             )
-        if self.distil.plan is not None and self.train.compile:
-            raise ValueError("distil.plan is obeyed by layers that are not compiled: set train.compile to false")
         return self
 
     @model_validator(mode="after")

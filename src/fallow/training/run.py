@@ -15,6 +15,7 @@ from fallow.models.resting import obstacle_to_resting_neurons
 from fallow.models.tensors import RawTensor
 from fallow.terminal import Progress
 from fallow.training.activity import Activity
+from fallow.training.compiler import compiler, has_compiler
 from fallow.training.corpus import open_corpus
 from fallow.training.distil import open_distillation
 from fallow.training.export import export_model
@@ -89,6 +90,11 @@ def _train(
 ) -> TrainResult:
     processes.require_same("The recipe", recipe.model_dump_json())
     processes.require_shared(folder)
+    if recipe.train.compile and not has_compiler():
+        raise FallowError(
+            f"train.compile takes a C++ compiler, and there is no {compiler()} here: install one, name it in the "
+            "variable CXX, or set train.compile to false."
+        )
     for section, its in (("lora", recipe.lora), ("distil", recipe.distil)):
         if its is not None and processes.count > 1:
             raise FallowError(f"A recipe with [{section}] trains in one process: start it without torchrun.")
