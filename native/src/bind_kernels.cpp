@@ -246,19 +246,18 @@ NumpyFloats screen(const std::string& isa, const PackedSigns& w, const Matrix& a
       rest.shape(1) != static_cast<size_t>(w.in_features) || w.data == nullptr) {
     throw std::invalid_argument("shapes do not fit");
   }
-  const auto rounded_rows = [&](const Matrix& x, const ActivationFormat& f) {
-    Memory rows(std::max<size_t>(1, x.shape(0)) * f.row_bytes());
-    for (size_t r = 0; r < x.shape(0); ++r) kernels.quantise(x.data() + r * x.shape(1), f, rows.data() + r * f.row_bytes(), 0, f.groups());
-    return rows;
-  };
-  const ActivationFormat along_format{Codes::q8, PackedSigns::directions, PackedSigns::directions};
-  const ActivationFormat rest_format{Codes::q8, w.in_features, PackedSigns::group};
-  const Memory along_rows = rounded_rows(along, along_format);
-  const Memory rest_rows = rounded_rows(rest, rest_format);
   const auto rows = static_cast<int>(along.shape(0));
+  const ActivationFormat f{Codes::q8, PackedSigns::directions, PackedSigns::directions};
+  const Memory rounded(std::max(1, rows) * f.row_bytes());
+  const Memory tables(std::max(1, rows) * w.table_bytes());
+  std::vector<float> steps(rows);
+  for (int r = 0; r < rows; ++r) {
+    kernels.quantise(along.data() + r * along.shape(1), f, rounded.data() + r * f.row_bytes(), 0, f.groups());
+    steps[r] = kernels.sign_tables(rest.data() + r * rest.shape(1), w.in_features, tables.as<int8_t>() + r * w.table_bytes());
+  }
   const size_t stride = static_cast<size_t>(w.tiles) * lanes;
   std::vector<float> out(rows * stride);
-  const ScreenTask task{&w, along_format, rest_format, along_rows.data(), rest_rows.data(), rows, out.data(), stride};
+  const ScreenTask task{&w, f, rounded.data(), tables.as<int8_t>(), steps.data(), rows, out.data(), stride};
   kernels.screen(task, w.tiles / 2, w.tiles);
   kernels.screen(task, 0, w.tiles / 2);
   std::vector<float> values(rows * static_cast<size_t>(w.out_features));

@@ -37,6 +37,10 @@ void Program::prepare_head() {
     for (int i = 0; i < lanes; ++i) most = std::max(most, bf16_to_float(deviations[i]));
     largest_deviations_.push_back(most);
   }
+  for (ThreadScratch& scratch : scratch_) {
+    scratch.tables = Memory(limits_.max_logit_rows * screen().table_bytes());
+    scratch.steps.resize(limits_.max_logit_rows);
+  }
   head_rows_.resize(limits_.max_logit_rows);
   for (HeadRow& row : head_rows_) {
     row.peaks.resize(screen().tiles);
@@ -60,7 +64,7 @@ void Program::begin_head() {
   }
 }
 
-void Program::execute(const op::Screen& o, int, int, const Part& part) {
+void Program::execute(const op::Screen& o, int, int thread, const Part& part) {
   const PackedSigns& w = *signs_[o.signs];
   const int first = part.first_of(w.tiles);
   const int last = part.end_of(w.tiles);
@@ -69,8 +73,11 @@ void Program::execute(const op::Screen& o, int, int, const Part& part) {
     begin = static_cast<int>(std::find_if_not(head_rows_.begin() + begin, head_rows_.begin() + part.end, is_whole) - head_rows_.begin());
     const int end = static_cast<int>(std::find_if(head_rows_.begin() + begin, head_rows_.begin() + part.end, is_whole) - head_rows_.begin());
     if (begin == end) return;
-    kernels_.screen({&w, activations_[o.along].format, activations_[o.rest].format, activation_row(o.along, begin, part),
-                     activation_row(o.rest, begin, part), end - begin, row(o.out, begin, part), buffers_[o.out].stride},
+    auto* tables = scratch_[thread].tables.as<int8_t>();
+    auto& steps = scratch_[thread].steps;
+    for (int r = begin; r < end; ++r) steps[r - begin] = kernels_.sign_tables(row(o.rest, r, part), w.in_features, tables + (r - begin) * w.table_bytes());
+    kernels_.screen({&w, activations_[o.along].format, activation_row(o.along, begin, part), tables, steps.data(), end - begin,
+                     row(o.out, begin, part), buffers_[o.out].stride},
                     first, last);
     for (; begin < end; ++begin) {
       float* logits = row(o.out, begin, part);

@@ -20,7 +20,7 @@ constexpr Kernels make_kernels() {
   return {S::name,          kernels::linear<S>,   kernels::sparse_linear<S>, kernels::quantise<S>, kernels::rms_norm<S>,  kernels::add<S>,   kernels::gate<S>,
           kernels::mix<S>,  kernels::soft_cap<S>, kernels::above_threshold<S>, kernels::keep_largest<S>, kernels::zero_within<S>, kernels::rope<S>, kernels::attention<S>, kernels::merge<S>,
           kernels::finish<S>, kernels::summarise<S>, kernels::choose_pages<S>, kernels::neurons<S>, kernels::spread<S>,
-          kernels::perturb<S>, kernels::screen<S>, kernels::screened_peaks<S>};
+          kernels::perturb<S>, kernels::sign_tables<S>, kernels::screen<S>, kernels::screened_peaks<S>};
 }
 
 }  // namespace fallow

@@ -110,7 +110,7 @@ struct Gather {  // rows of logit_rows
 };
 // The head where most of the vocabulary rests (execute_head.cpp), one after the other. Rows of which more is wanted than
 // a token get all logits.
-struct Screen {  // approximate logits out of activations along the first directions of a screen's basis, and the rest
+struct Screen {  // approximate logits out of activations along the first directions of a screen's basis, and a buffer of the rest
   int along, rest, signs, out;
   float cap;  // soft, or 0
 };
@@ -227,9 +227,9 @@ class Program {
     int sequence, row, rows, first_position, kv_head, segment, partial;
   };
   struct ThreadScratch {
-    Memory linear, row, scores, values, state, choice;
+    Memory linear, row, scores, values, state, choice, tables;
     std::vector<Partial> partials, states;
-    std::vector<float> norms;
+    std::vector<float> norms, steps;
     SampleScratch sample;
   };
 

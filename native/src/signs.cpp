@@ -38,9 +38,9 @@ void PackedSigns::put_rows(int first, int count, const float* along, const float
       const float x = rest[static_cast<size_t>(i) * in_features + k];
       total += std::fabs(x);
       count += x != 0.f;
-      const int bit = lane * 4 + k % 4;
-      uint8_t& byte = t[codes_bytes + static_cast<size_t>(k / 4) * 8 + bit / 8];
-      byte = static_cast<uint8_t>((byte & ~(1u << bit % 8)) | (static_cast<unsigned>(x > 0.f) << bit % 8));
+      const int bit = k % group / 16 * 4 + k % 4;
+      uint8_t& byte = t[codes_bytes + k / group * group_bytes + k % 16 / 4 * lanes + lane];
+      byte = static_cast<uint8_t>((byte & ~(1u << bit)) | (static_cast<unsigned>(x > 0.f) << bit));
     }
     reinterpret_cast<uint16_t*>(t + scales_at())[lane] = float_to_bf16(static_cast<float>(total / std::max(count, 1)));
     reinterpret_cast<uint16_t*>(t + deviations_at())[lane] = float_to_bf16(row_deviations[i]);

@@ -3,7 +3,8 @@
 //
 // A tile holds sixteen rows (lanes are rows; those beyond the last are zero):
 //   codes       [4][16 rows][4]: c stands for code_step * (c - 128)
-//   signs       [in_features/32][8][16 rows]: a bit a column, 1 is positive; 4 bits a row, so that 8 bytes hold 4 columns
+//   signs       [in_features/32][4][16 rows]: a bit a column, 1 is positive; byte j has columns 4 j and on in its lower
+//               half, the first one in its lowest bit, and columns 16 + 4 j and on in its upper half
 //   scales      [16] bfloat16, of the signs
 //   deviations  [16] bfloat16; of rows beyond the last minus infinity
 #pragma once
@@ -29,6 +30,7 @@ struct PackedSigns {
   int groups() const { return in_features / group; }
   static constexpr size_t codes_bytes = static_cast<size_t>(directions) * lanes;
   static constexpr size_t group_bytes = static_cast<size_t>(group) * lanes / 8;
+  size_t table_bytes() const { return static_cast<size_t>(in_features) * 4; }  // of a row of activations: kernels.h, sign_tables
   size_t scales_at() const { return codes_bytes + groups() * group_bytes; }
   size_t deviations_at() const { return scales_at() + lanes * sizeof(uint16_t); }
   size_t tile_bytes() const { return deviations_at() + lanes * sizeof(uint16_t); }

@@ -114,11 +114,31 @@ struct Avx2 {
   static I bits_of(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
   static F float_of(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
   static I set1_i32(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-  // 64 bits, each as a byte of 2 or 0
-  static I twos(const uint8_t* p) { return {twos_of_half(p), twos_of_half(p + 4)}; }
   static I low_nibbles(I x) {
     const __m256i m = _mm256_set1_epi8(15);
     return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
+  }
+  // Every 128 bits are a table of sixteen signed bytes, and the places in it, 0 to 15, of sixteen that are looked up.
+  static I look_up(I tables, I places) { return {_mm256_shuffle_epi8(tables.a, places.a), _mm256_shuffle_epi8(tables.b, places.b)}; }
+  static I add_bytes(I x, I y) { return {_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
+  struct Sums {
+    I even, odd;
+  };
+  static Sums no_sums() { return {izero(), izero()}; }
+  static Sums add_wide(Sums sums, I x) {
+    const __m256i evens = _mm256_set1_epi16(1);
+    const __m256i odds = _mm256_set1_epi16(256);
+    return {{_mm256_add_epi16(sums.even.a, _mm256_maddubs_epi16(evens, x.a)), _mm256_add_epi16(sums.even.b, _mm256_maddubs_epi16(evens, x.b))},
+            {_mm256_add_epi16(sums.odd.a, _mm256_maddubs_epi16(odds, x.a)), _mm256_add_epi16(sums.odd.b, _mm256_maddubs_epi16(odds, x.b))}};
+  }
+  static I sum_of_tables(Sums sums) {
+    const auto folded = [](I x) {
+      const __m256i h = _mm256_add_epi16(x.a, x.b);
+      return _mm_add_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+    };
+    const __m128i even = folded(sums.even);
+    const __m128i odd = folded(sums.odd);
+    return {_mm256_cvtepi16_epi32(_mm_unpacklo_epi16(even, odd)), _mm256_cvtepi16_epi32(_mm_unpackhi_epi16(even, odd))};
   }
   static void interleave_bytes(I (&v)[4]) {
     const auto halves = [](__m256i (&h)[4]) {
@@ -200,14 +220,6 @@ struct Avx2 {
   }
 
  private:
-  static __m256i twos_of_half(const uint8_t* p) {
-    int32_t bits;
-    std::memcpy(&bits, p, 4);
-    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
-    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), spread);
-    const __m256i one_each = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201ull));
-    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, one_each), one_each), _mm256_set1_epi8(2));
-  }
   static I first(int n) {
     const __m256i count = _mm256_set1_epi32(n);
     return {_mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),

@@ -94,14 +94,30 @@ struct Avx512 {
   static I bits_of(F x) { return _mm512_castps_si512(x); }
   static F float_of(I x) { return _mm512_castsi512_ps(x); }
   static I set1_i32(int32_t x) { return _mm512_set1_epi32(x); }
-  // 64 bits, each as a byte of 2 or 0
-  static I twos(const uint8_t* p) {
-    uint64_t bits;
-    std::memcpy(&bits, p, 8);
-    return _mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(2));
-  }
   static I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
   static I high_nibbles(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+  // Every 128 bits are a table of sixteen signed bytes, and the places in it, 0 to 15, of sixteen that are looked up.
+  static I look_up(I tables, I places) { return _mm512_shuffle_epi8(tables, places); }
+  static I add_bytes(I a, I b) { return _mm512_add_epi8(a, b); }
+  // Sums of signed bytes in 16 bits, of the even ones and of the odd ones.
+  struct Sums {
+    I even, odd;
+  };
+  static Sums no_sums() { return {izero(), izero()}; }
+  static Sums add_wide(Sums sums, I x) {
+    return {_mm512_add_epi16(sums.even, _mm512_maddubs_epi16(_mm512_set1_epi16(1), x)),
+            _mm512_add_epi16(sums.odd, _mm512_maddubs_epi16(_mm512_set1_epi16(256), x))};
+  }
+  // Lane i: the sum over the four 128 bits of what stands for byte i of each.
+  static I sum_of_tables(Sums sums) {
+    const auto folded = [](I x) {
+      const __m256i h = _mm256_add_epi16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+      return _mm_add_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+    };
+    const __m128i even = folded(sums.even);
+    const __m128i odd = folded(sums.odd);
+    return _mm512_cvtepi16_epi32(_mm256_set_m128i(_mm_unpackhi_epi16(even, odd), _mm_unpacklo_epi16(even, odd)));
+  }
   // Of four vectors a byte each at a time: in every 128 bits quad q of result i is made of their bytes 4 i + q.
   static void interleave_bytes(I (&v)[4]) {
     const I low[2] = {_mm512_unpacklo_epi8(v[0], v[1]), _mm512_unpacklo_epi8(v[2], v[3])};

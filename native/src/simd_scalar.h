@@ -174,17 +174,43 @@ struct Scalar {
   static I set1_i32(int32_t x) {
     return imap([=](int) { return x; });
   }
-  // 64 bits, each as a byte of 2 or 0
-  static I twos(const uint8_t* p) {
-    uint8_t b[64];
-    for (int i = 0; i < 64; ++i) b[i] = static_cast<uint8_t>((p[i / 8] >> i % 8 & 1) * 2);
-    return load_bytes(b);
-  }
   static I low_nibbles(const I& x) {
     return bytes(x, [](uint8_t b) { return static_cast<uint8_t>(b & 15); });
   }
   static I high_nibbles(const I& x) {
     return bytes(x, [](uint8_t b) { return static_cast<uint8_t>(b >> 4); });
+  }
+  // Every 128 bits are a table of sixteen signed bytes, and the places in it, 0 to 15, of sixteen that are looked up.
+  static I look_up(const I& tables, const I& places) {
+    uint8_t table[64];
+    uint8_t b[64];
+    std::memcpy(table, tables.v, 64);
+    std::memcpy(b, places.v, 64);
+    for (int i = 0; i < 64; ++i) b[i] = table[i / 16 * 16 + b[i]];
+    return load_bytes(b);
+  }
+  static I add_bytes(const I& x, const I& y) {
+    uint8_t a[64];
+    uint8_t b[64];
+    std::memcpy(a, x.v, 64);
+    std::memcpy(b, y.v, 64);
+    for (int i = 0; i < 64; ++i) a[i] = static_cast<uint8_t>(a[i] + b[i]);
+    return load_bytes(a);
+  }
+  // Sums of signed bytes, in at least 16 bits.
+  struct Sums {
+    int32_t v[64];
+  };
+  static Sums no_sums() { return {}; }
+  static Sums add_wide(Sums sums, const I& x) {
+    int8_t b[64];
+    std::memcpy(b, x.v, 64);
+    for (int i = 0; i < 64; ++i) sums.v[i] += b[i];
+    return sums;
+  }
+  // Lane i: the sum over the four 128 bits of what stands for byte i of each.
+  static I sum_of_tables(const Sums& sums) {
+    return imap([&](int i) { return sums.v[i] + sums.v[16 + i] + sums.v[32 + i] + sums.v[48 + i]; });
   }
   // Of four vectors a byte each at a time: in every 128 bits quad q of result i is made of their bytes 4 i + q.
   static void interleave_bytes(I (&v)[4]) {

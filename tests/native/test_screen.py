@@ -26,7 +26,16 @@ def rounded(x: Float32, group: int) -> Float64:
     return (np.rint(groups / scale) * scale).reshape(x.shape)
 
 
-SHAPES = [(1, 1, 32), (1, 16, 64), (1, 171, 96), (3, 47, 96), (7, 320, 576), (13, 33, 160)]
+def looked_up(x: Float32, signs: Float64) -> Float64:
+    """Products with signs, of which the sums of four columns are rounded to at most 31 steps."""
+    fours = x.reshape(len(x), 1, -1, 4).astype(np.float64)
+    step = np.maximum(np.abs(fours).sum(-1).max(-1, keepdims=True), 1e-30) / 31
+    sums = (fours * signs.reshape(1, len(signs), -1, 4)).sum(-1)
+    found: Float64 = (np.rint(sums / step) * step).sum(-1)
+    return found
+
+
+SHAPES = [(1, 1, 32), (1, 16, 64), (1, 171, 96), (3, 47, 96), (7, 320, 576), (13, 33, 160), (2, 18, 4160)]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -44,14 +53,45 @@ def test_screened_logits(isa: str, rows: int, vocabulary: int, hidden: int) -> N
         draw.normal(0, 1, (rows, hidden)).astype(np.float32),
     )
     codes = np.clip(np.rint(along.astype(np.float64) / STEP), -128, 127) * STEP
-    weights = np.where(rest > 0, 1.0, -1.0) * bf16(np.abs(rest.astype(np.float64)).mean(1).astype(np.float32))[:, None]
-    expected = rounded(x, DIRECTIONS) @ codes.T + rounded(y, 32) @ weights.T
+    scales = bf16(np.abs(rest.astype(np.float64)).mean(1).astype(np.float32))
+    expected = rounded(x, DIRECTIONS) @ codes.T + looked_up(y, np.where(rest > 0, 1.0, -1.0)) * scales
     found = _native.kernels.screen(isa, signs, x, y)
-    # A quotient that lies at half a code may be rounded either way.
+    # A quotient that lies at half a step may be rounded either way.
     np.testing.assert_allclose(found, expected, atol=0.01 * np.abs(expected).max())
     for row in range(rows):
         alone = _native.kernels.screen(isa, signs, x[row : row + 1], y[row : row + 1])
         assert np.array_equal(alone[0], found[row])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sums_of_signs_that_are_all_as_large_as_can_be(isa: str) -> None:
+    hidden = 8192
+    signs = _native.Signs(2, hidden)
+    signs.put_rows(0, np.zeros((2, DIRECTIONS), np.float32), np.full((2, hidden), [[1], [-1]], np.float32), np.ones(2, np.float32))
+    found = _native.kernels.screen(isa, signs, np.zeros((1, DIRECTIONS), np.float32), np.ones((1, hidden), np.float32))
+    np.testing.assert_allclose(found, [[hidden, -hidden]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_has_the_same_bits(isa: str) -> None:
+    draw = np.random.default_rng()
+    signs = _native.Signs(50, 128)
+    numbers = draw.normal(0, 1, (50, DIRECTIONS + 128)).astype(np.float32)
+    signs.put_rows(0, np.ascontiguousarray(numbers[:, :DIRECTIONS]), np.ascontiguousarray(numbers[:, DIRECTIONS:]), np.ones(50, np.float32))
+    x, y = np.zeros((4, DIRECTIONS), np.float32), draw.normal(0, 1, (4, 128)).astype(np.float32)
+    found, scalar = (_native.kernels.screen(name, signs, x, y) for name in (isa, "scalar"))
+    assert np.array_equal(found, scalar)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_is_no_number_stays_so(isa: str) -> None:
+    signs = _native.Signs(16, 32)
+    signs.put_rows(0, np.ones((16, DIRECTIONS), np.float32), np.ones((16, 32), np.float32), np.ones(16, np.float32))
+    for value in (np.nan, np.inf):
+        y = np.zeros((1, 32), np.float32)
+        y[0, 5] = value
+        found = _native.kernels.screen(isa, signs, np.zeros((1, DIRECTIONS), np.float32), y)
+        assert not np.isfinite(found).any()
 
 
 def test_codes_beyond_their_range_are_cut_off() -> None:

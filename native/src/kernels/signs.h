@@ -1,98 +1,120 @@
 // A screen's logits: out = codes x (activations along its first directions) + scales x (signs x the others).
 //
-// Limit: at one row the bytes of the screen; with many, as in a linear, one 64-byte integer dot product a cycle and core.
+// Signs are products without a multiplication: of four columns there are sixteen sums, which a table of bytes holds, and
+// one shuffle looks up those of sixteen rows in four tables (as T-MAC does, arXiv 2407.00088, section 3.1, and product
+// quantisation in registers, arXiv 1704.07355). A table's bytes go to 31, so that four of them add up in a byte; what
+// they are rounded by is a twentieth of the error that signs make anyway.
+//
+// Limit: the bytes of the screen; with many rows two shuffles for each 64 bytes of it and row.
 #pragma once
+#include <cmath>
+
 #include "../kernels.h"
 #include "linear.h"
 
 namespace fallow::kernels {
 
-// MR rows of activations by NR tiles: each sum is a chain of products, of which several are needed to fill their latency.
-// With every group of columns `fetch` bytes from `next` on are fetched: more at once would wait for each other.
-template <class S, int MR, int NR>
-FALLOW_INLINE void screen_tiles(const ScreenTask& task, int row, int tile, const uint8_t* next, size_t fetch) {
+constexpr float largest_entry = 31.f;
+
+template <class S>
+float sign_tables(const float* x, int columns, int8_t* tables) {
+  using F = typename S::F;
+  float most = 0.f;
+  for (int k = 0; k < columns; k += 4) {
+    const float all = (std::fabs(x[k]) + std::fabs(x[k + 1])) + (std::fabs(x[k + 2]) + std::fabs(x[k + 3]));
+    most = all <= most || std::isnan(most) ? most : all;
+  }
+  alignas(64) float ones[4][lanes];
+  for (int i = 0; i < lanes; ++i) {
+    for (int bit = 0; bit < 4; ++bit) ones[bit][i] = (i >> bit & 1) != 0 ? 1.f : -1.f;
+  }
+  const F fit = S::set1(most > 0.f ? largest_entry / most : 0.f);
+  for (int k = 0; k < columns; k += 4, tables += lanes) {
+    const auto signed_by = [&](int bit) { return S::mul(S::set1(x[k + bit]), S::load(ones[bit])); };
+    const F sums = S::add(S::add(signed_by(0), signed_by(1)), S::add(signed_by(2), signed_by(3)));
+    S::store_s8(tables, S::to_int(S::mul(sums, fit)));
+  }
+  return most / largest_entry;
+}
+
+// The sums of signs of a tile for MR rows of activations. With every group of columns `fetch` bytes from `next` on are
+// fetched: more at once would wait for each other.
+template <class S, int MR>
+FALLOW_INLINE void sum_signs(const uint8_t* signs, int groups, const int8_t* tables, size_t table_bytes, const uint8_t* next, size_t fetch,
+                             typename S::I (&out)[MR]) {
+  using I = typename S::I;
+  constexpr int most_groups = 128;  // whose sums fit 16 bits: 8 x 31 of each group
+  constexpr int group_tables = 8 * lanes;
+  const auto of_group = [&](int g, int m, const I& low, const I& high) {
+    const int8_t* t = tables + m * table_bytes + static_cast<size_t>(g) * group_tables;
+    return S::add_bytes(S::look_up(S::load_bytes(t), low), S::look_up(S::load_bytes(t + 4 * lanes), high));
+  };
+  for (int m = 0; m < MR; ++m) out[m] = S::izero();
+  for (int begin = 0; begin < groups; begin += most_groups) {
+    const int end = std::min(begin + most_groups, groups);
+    typename S::Sums sums[MR];
+    for (int m = 0; m < MR; ++m) sums[m] = S::no_sums();
+    int g = begin;
+    for (; g + 2 <= end; g += 2) {
+      prefetch_run(next + g * fetch, 2 * fetch);
+      const I first = S::load_bytes(signs + g * PackedSigns::group_bytes);
+      const I second = S::load_bytes(signs + (g + 1) * PackedSigns::group_bytes);
+      const I low[2] = {S::low_nibbles(first), S::low_nibbles(second)};
+      const I high[2] = {S::high_nibbles(first), S::high_nibbles(second)};
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) sums[m] = S::add_wide(sums[m], S::add_bytes(of_group(g, m, low[0], high[0]), of_group(g + 1, m, low[1], high[1])));
+    }
+    if (g < end) {
+      prefetch_run(next + g * fetch, fetch);
+      const I last = S::load_bytes(signs + g * PackedSigns::group_bytes);
+      const I low = S::low_nibbles(last);
+      const I high = S::high_nibbles(last);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) sums[m] = S::add_wide(sums[m], of_group(g, m, low, high));
+    }
+    for (int m = 0; m < MR; ++m) out[m] = S::iadd(out[m], S::sum_of_tables(sums[m]));
+  }
+}
+
+// MR rows of activations by a tile.
+template <class S, int MR>
+FALLOW_INLINE void screen_tile(const ScreenTask& task, int row, int tile, const uint8_t* next, size_t fetch) {
   using F = typename S::F;
   using I = typename S::I;
   const PackedSigns& w = *task.weights;
   const size_t along_stride = task.along_format.row_bytes();
-  const size_t rest_stride = task.rest_format.row_bytes();
   const uint8_t* along = task.along + row * along_stride;
-  const uint8_t* rest = task.rest + row * rest_stride;
-  const uint8_t* t[NR];
-  I codes[MR][NR];
-  F signs[MR][NR];
+  const uint8_t* t = w.tile(tile);
+  I codes[MR];
 #pragma GCC unroll 8
-  for (int n = 0; n < NR; ++n) {
-    t[n] = w.tile(tile + n);
+  for (int m = 0; m < MR; ++m) codes[m] = S::set1_i32(load_quad(along + m * along_stride + task.along_format.start_at(true)));
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      codes[m][n] = S::set1_i32(load_quad(along + m * along_stride + task.along_format.start_at(true)));
-      signs[m][n] = S::zero();
-    }
-  }
   for (int q = 0; q < PackedSigns::directions / 4; ++q) {
+    const I c = S::load_bytes(t + q * 64);
 #pragma GCC unroll 8
-    for (int n = 0; n < NR; ++n) {
-      const I c = S::load_bytes(t[n] + q * 64);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) codes[m][n] = S::dot_u8s8(codes[m][n], c, S::set1_i32(load_quad(along + m * along_stride + q * 4)));
-    }
+    for (int m = 0; m < MR; ++m) codes[m] = S::dot_u8s8(codes[m], c, S::set1_i32(load_quad(along + m * along_stride + q * 4)));
   }
-  for (int g = 0; g < w.groups(); ++g) {
-    prefetch_run(next + g * fetch, fetch);
-    const size_t bits = PackedSigns::codes_bytes + g * PackedSigns::group_bytes;
-    I sum[MR][NR];
-    // Twice what has a 1, less all: the start value of 8-bit codes is -128 times the sum of all.
+  I signs[MR];
+  sum_signs<S, MR>(t + PackedSigns::codes_bytes, w.groups(), task.tables + row * w.table_bytes(), w.table_bytes(), next, fetch, signs);
+  const F scales = S::load_bf16(reinterpret_cast<const uint16_t*>(t + w.scales_at()));
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      const I start = S::set1_i32(load_quad(rest + m * rest_stride + task.rest_format.start_at(true) + g * 4) / 128);
-#pragma GCC unroll 8
-      for (int n = 0; n < NR; ++n) sum[m][n] = start;
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < PackedSigns::group / 4; ++j) {
-#pragma GCC unroll 8
-      for (int n = 0; n < NR; ++n) {
-        const I twos = S::twos(t[n] + bits + j * 8);
-#pragma GCC unroll 8
-        for (int m = 0; m < MR; ++m) {
-          sum[m][n] = S::dot_u8s8(sum[m][n], twos, S::set1_i32(load_quad(rest + m * rest_stride + g * PackedSigns::group + j * 4)));
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      const F scale = S::set1(reinterpret_cast<const float*>(rest + m * rest_stride + task.rest_format.scales_at())[g]);
-#pragma GCC unroll 8
-      for (int n = 0; n < NR; ++n) signs[m][n] = S::fma(S::to_float(sum[m][n]), scale, signs[m][n]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int n = 0; n < NR; ++n) {
-    const F scales = S::load_bf16(reinterpret_cast<const uint16_t*>(t[n] + w.scales_at()));
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      const float scale = *reinterpret_cast<const float*>(along + m * along_stride + task.along_format.scales_at()) * PackedSigns::code_step;
-      S::store(task.out + (row + m) * task.out_stride + (tile + n) * lanes, S::fma(S::to_float(codes[m][n]), S::set1(scale), S::mul(signs[m][n], scales)));
-    }
+  for (int m = 0; m < MR; ++m) {
+    const float scale = *reinterpret_cast<const float*>(along + m * along_stride + task.along_format.scales_at()) * PackedSigns::code_step;
+    const F rest = S::mul(S::to_float(signs[m]), S::mul(scales, S::set1(task.steps[row + m])));
+    S::store(task.out + (row + m) * task.out_stride + tile * lanes, S::fma(S::to_float(codes[m]), S::set1(scale), rest));
   }
 }
 
 template <class S>
 void screen(const ScreenTask& task, int begin, int end) {
   constexpr size_t ahead = 8192;
-  constexpr int together = S::max_rows >= 4 ? 4 : 1;  // tiles, of one row
   const PackedSigns& w = *task.weights;
-  const auto a_group = [&](int tiles) { return ActivationFormat::align((tiles * w.tile_bytes() + w.groups() - 1) / w.groups()); };
-  int tile = begin;
-  for (; task.rows == 1 && tile + together <= end; tile += together) {
-    screen_tiles<S, 1, together>(task, 0, tile, w.tile(tile) + ahead, a_group(together));
-  }
-  for (; tile < end; ++tile) {
+  const size_t a_group = (w.tile_bytes() + w.groups() - 1) / w.groups();
+  for (int tile = begin; tile < end; ++tile) {
     for (int row = 0; row < task.rows;) {
       const int take = std::min(S::max_rows, task.rows - row);
-      const size_t fetch = row == 0 ? a_group(1) : 0;
-      with_rows<S>(take, [&](auto rows) { screen_tiles<S, decltype(rows)::value, 1>(task, row, tile, w.tile(tile) + ahead, fetch); });
+      const size_t fetch = row == 0 ? a_group : 0;
+      with_rows<S>(take, [&](auto rows) { screen_tile<S, decltype(rows)::value>(task, row, tile, w.tile(tile) + ahead, fetch); });
       row += take;
     }
   }

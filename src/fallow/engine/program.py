@@ -16,7 +16,7 @@ from fallow import _native
 from fallow.arrays import Bytes, Float32
 from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize
-from fallow.models.head_screen import DIRECTIONS, SIGN_GROUP, HeadScreen, row_blocks
+from fallow.models.head_screen import DIRECTIONS, HeadScreen, row_blocks
 from fallow.models.quantize import quantize_q4_1, quantize_q8_0
 from fallow.models.resting import PageRule, Resting, ScreenRule
 from fallow.models.rope import rope_table
@@ -209,15 +209,14 @@ class DecoderProgram:
         turns = [program.weights([_floats(rows)], config.hidden_size, precision="q8") for rows in (first, others)]
         turned = program.activations_for(turns[0])
         coordinates = [program.buffer(DIRECTIONS), program.buffer(config.hidden_size)]
-        rounded = [program.rounded(DIRECTIONS, group=DIRECTIONS), program.rounded(config.hidden_size, group=SIGN_GROUP)]
+        rounded = program.rounded(DIRECTIONS, group=DIRECTIONS)
         program.norm_quantise(self._x, builder.vector("norm"), [whole, turned], config.rms_norm_eps)
         for weights, buffer in zip(turns, coordinates, strict=True):
             program.linear(turned, weights, buffer)
-        for buffer, activations in zip(coordinates, rounded, strict=True):
-            program.quantise(buffer, activations)
+        along, rest = coordinates
+        program.quantise(along, rounded)
         cap = config.logit_softcap or 0.0
-        along, rest = rounded
-        program.screen(along, rest, builder.signs(screen), logits, cap=cap)
+        program.screen(rounded, rest, builder.signs(screen), logits, cap=cap)
         program.shortlist(logits, tiles=-(-rule.candidates // TILE_ROWS))
         program.rescore(whole, head, logits, cap=cap)
 
