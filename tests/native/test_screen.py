@@ -67,7 +67,8 @@ def test_screened_logits(isa: str, rows: int, vocabulary: int, hidden: int) -> N
 def test_sums_of_signs_that_are_all_as_large_as_can_be(isa: str) -> None:
     hidden = 8192
     signs = _native.Signs(2, hidden)
-    signs.put_rows(0, np.zeros((2, DIRECTIONS), np.float32), np.full((2, hidden), [[1], [-1]], np.float32), np.ones(2, np.float32))
+    rest = np.full((2, hidden), [[1], [-1]], np.float32)
+    signs.put_rows(0, np.zeros((2, DIRECTIONS), np.float32), rest, np.ones(2, np.float32))
     found = _native.kernels.screen(isa, signs, np.zeros((1, DIRECTIONS), np.float32), np.ones((1, hidden), np.float32))
     np.testing.assert_allclose(found, [[hidden, -hidden]], rtol=1e-6)
 
@@ -76,8 +77,8 @@ def test_sums_of_signs_that_are_all_as_large_as_can_be(isa: str) -> None:
 def test_every_instruction_set_has_the_same_bits(isa: str) -> None:
     draw = np.random.default_rng()
     signs = _native.Signs(50, 128)
-    numbers = draw.normal(0, 1, (50, DIRECTIONS + 128)).astype(np.float32)
-    signs.put_rows(0, np.ascontiguousarray(numbers[:, :DIRECTIONS]), np.ascontiguousarray(numbers[:, DIRECTIONS:]), np.ones(50, np.float32))
+    along, rest = (draw.normal(0, 1, (50, count)).astype(np.float32) for count in (DIRECTIONS, 128))
+    signs.put_rows(0, along, rest, np.ones(50, np.float32))
     x, y = np.zeros((4, DIRECTIONS), np.float32), draw.normal(0, 1, (4, 128)).astype(np.float32)
     found, scalar = (_native.kernels.screen(name, signs, x, y) for name in (isa, "scalar"))
     assert np.array_equal(found, scalar)

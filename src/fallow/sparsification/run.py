@@ -154,7 +154,7 @@ def sparsify(
     del decoder
     keys_and_values = sum(kind.bytes for kind in choices if isinstance(kind, PageChoices))
     read = describe(checkpoint, precision=precision).bytes_per_token + keys_and_values
-    menu = Menu(choices, read, spared_bytes(checkpoint, precision) if screens else 0.0)
+    menu = Menu(choices, read, spared_bytes(checkpoint, precision, load) if screens else 0.0)
     search = Search(replace(judge, head_screen=head_screen, windows=windows.verified), menu, start, on_note)
     if healing is not None:
         search = _healed(search, healing, budget, windows, own_texts)

@@ -18,8 +18,8 @@ CANDIDATES = 768
 OWN_TEXTS = (12, 512)
 """How many texts of how many tokens the model writes for its screen: a basis needs more of them than it has
 directions, and what the model writes is what it chooses words after."""
-_MOST_SEQUENCES = 4
-"""A screen's signs cost as much arithmetic as the codes of the head do: it spares bytes, which count for few."""
+_MOST_SEQUENCES = 16
+"""Each has a shortlist of its own: with 32 they take as long as the whole head, read once for all."""
 _LEAST_VOCABULARY = 16 * CANDIDATES  # below it the whole head is not much more
 
 
@@ -41,8 +41,9 @@ def head_rules() -> tuple[LayerRule, ...]:
     return (LayerRule("screen", parameters={"rank": DIRECTIONS, "candidates": CANDIDATES}),)
 
 
-def spared_bytes(checkpoint: Checkpoint, precision: str) -> float:
-    """What a step of one sequence reads less where the head is screened."""
+def spared_bytes(checkpoint: Checkpoint, precision: str, load: Load) -> float:
+    """What a step of ``load`` reads less where the head is screened."""
     vocab, hidden = checkpoint.head.shape
     whole = held_bytes(checkpoint.head, precision, is_head=True)
-    return whole * (1 - CANDIDATES / vocab) - vocab * (DIRECTIONS + hidden / 8 + 4)  # codes, signs, two numbers
+    rescored = min(load.batch * CANDIDATES / vocab, 1.0)
+    return whole * (1 - rescored) - vocab * (DIRECTIONS + hidden / 8 + 4)  # codes, signs, two numbers
