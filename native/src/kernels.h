@@ -159,9 +159,9 @@ struct SpreadTask {
 struct ScreenTask {
   const PackedSigns* weights;
   ActivationFormat along_format;
-  const uint8_t* along;   // [rows] activations along the first directions of its basis
-  const int8_t* tables;   // [rows] of sign_tables along the others,
-  const float* steps;     // [rows] and what a 1 in them stands for
+  const uint8_t* along;  // [rows] activations along the first directions of its basis
+  const int8_t* tables;  // [rows] of sign_tables along the others,
+  const float* steps;    // [rows] and what a 1 in them stands for
   int rows;
   float* out;  // [rows][out_stride]
   size_t out_stride;

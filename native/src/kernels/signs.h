@@ -3,7 +3,7 @@
 // Signs are products without a multiplication: of four columns there are sixteen sums, which a table of bytes holds, and
 // one shuffle looks up those of sixteen rows in four tables (as T-MAC does, arXiv 2407.00088, section 3.1, and product
 // quantisation in registers, arXiv 1704.07355). A table's bytes go to 31, so that four of them add up in a byte; what
-// they are rounded by is a twentieth of the error that signs make anyway.
+// they are rounded by is a twelfth of the error that signs make anyway.
 //
 // Limit: the bytes of the screen; with many rows two shuffles for each 64 bytes of it and row.
 #pragma once
