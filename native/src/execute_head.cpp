@@ -73,6 +73,7 @@ void Program::execute(const op::Screen& o, int, int thread, const Part& part) {
     begin = static_cast<int>(std::find_if_not(head_rows_.begin() + begin, head_rows_.begin() + part.end, is_whole) - head_rows_.begin());
     const int end = static_cast<int>(std::find_if(head_rows_.begin() + begin, head_rows_.begin() + part.end, is_whole) - head_rows_.begin());
     if (begin == end) return;
+    // Each thread makes all tables for itself: that takes less time than one more barrier.
     auto* tables = scratch_[thread].tables.as<int8_t>();
     auto& steps = scratch_[thread].steps;
     for (int r = begin; r < end; ++r) steps[r - begin] = kernels_.sign_tables(row(o.rest, r, part), w.in_features, tables + (r - begin) * w.table_bytes());

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from fallow.models.store import resolve
 from fallow.models.tensors import Checkpoint
 from fallow.models.tokenizer import Tokenizer
 from fallow.plan import FILE_NAME, SparsityPlan
-from fallow.training.loss import blockwise
+from fallow.training.loss import blockwise, compiled_once
 from fallow.training.recipe import DistilRecipe, Recipe
 from fallow.training.start import digest_of_model, has_other_tokens
 from fallow.training.stored import StoredWeights
@@ -132,17 +131,12 @@ def divergence(
     ``block`` the tokens whose logits exist at once. What is done to the logits of a block can be ``compiled``. The
     gradient, which goes to ``hidden`` and ``head`` alone, can be taken once.
     """
-    compute = _compiled_block() if compiled else _block
+    compute = compiled_once(_block) if compiled else _block
 
     def of_block(logits: Tensor, part: slice, needs_gradient: bool) -> tuple[Tensor, Tensor]:
         return compute(logits, teacher_logits(part), counts[part, None], softcap, needs_gradient)
 
     return blockwise(hidden, head, of_block, block=block)
-
-
-@cache
-def _compiled_block() -> Callable[[Tensor, Tensor, Tensor, float | None, bool], tuple[Tensor, Tensor]]:
-    return torch.compile(_block)
 
 
 def _block(

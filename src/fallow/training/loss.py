@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _BLOCK = 1024  # tokens whose logits exist at once, and fewer where these would be more numbers than
 _LOGITS = 1 << 24
 _ROWS = 1 << 13  # of the head whose gradient is summed up at once
@@ -46,7 +48,7 @@ def cross_entropy(
     float32. ``softcap`` is that of ``Decoder``, ``block`` the tokens of a block. What is done to the logits of a block
     can be ``compiled``: one pass over them instead of ten. The gradient can be taken once.
     """
-    compute = _compiled_block() if compiled else _block
+    compute = compiled_once(_block) if compiled else _block
     targets = targets.view(len(hidden), -1)
 
     def of_block(logits: Tensor, part: slice, needs_gradient: bool) -> tuple[Tensor, Tensor]:
@@ -56,8 +58,9 @@ def cross_entropy(
 
 
 @cache
-def _compiled_block() -> Callable[[Tensor, Tensor, float | None, bool], tuple[Tensor, Tensor]]:
-    return torch.compile(_block)
+def compiled_once(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """``function`` as PyTorch compiles it, the same one for all who ask."""
+    return torch.compile(function)
 
 
 class _Blockwise(torch.autograd.Function):
