@@ -240,29 +240,24 @@ nb::tuple feed_forward(const std::string& isa, const std::optional<WeightSource>
 }
 
 // Approximate logits of activations, begun in the middle, as threads share them.
-NumpyFloats screen(const std::string& isa, const PackedSigns& w, const Matrix& along, const Matrix& rest) {
+NumpyFloats screen(const std::string& isa, const PackedSigns& w, const Matrix& x) {
   const Kernels& kernels = kernels_of(isa);
-  if (along.shape(0) != rest.shape(0) || along.shape(1) != static_cast<size_t>(PackedSigns::directions) ||
-      rest.shape(1) != static_cast<size_t>(w.in_features) || w.data == nullptr) {
-    throw std::invalid_argument("shapes do not fit");
-  }
-  const auto rows = static_cast<int>(along.shape(0));
-  const ActivationFormat f{Codes::q8, PackedSigns::directions, PackedSigns::directions};
-  const Memory rounded(std::max(1, rows) * f.row_bytes());
+  if (x.shape(1) != static_cast<size_t>(w.in_features) || w.data == nullptr) throw std::invalid_argument("shapes do not fit");
+  const auto rows = static_cast<int>(x.shape(0));
   const Memory tables(std::max(1, rows) * w.table_bytes());
   std::vector<float> steps(rows);
   for (int r = 0; r < rows; ++r) {
-    kernels.quantise(along.data() + r * along.shape(1), f, rounded.data() + r * f.row_bytes(), 0, f.groups());
-    steps[r] = kernels.sign_tables(rest.data() + r * rest.shape(1), w.in_features, tables.as<int8_t>() + r * w.table_bytes());
+    steps[r] = kernels.sign_tables(x.data() + r * x.shape(1), w.columns.data(), static_cast<int>(w.columns.size()),
+                                   tables.as<int8_t>() + r * w.table_bytes());
   }
   const size_t stride = static_cast<size_t>(w.tiles) * lanes;
   std::vector<float> out(rows * stride);
-  const ScreenTask task{&w, f, rounded.data(), tables.as<int8_t>(), steps.data(), rows, out.data(), stride};
+  const ScreenTask task{&w, x.data(), x.shape(1), tables.as<int8_t>(), steps.data(), rows, out.data(), stride};
   kernels.screen(task, w.tiles / 2, w.tiles);
   kernels.screen(task, 0, w.tiles / 2);
   std::vector<float> values(rows * static_cast<size_t>(w.out_features));
   for (int r = 0; r < rows; ++r) std::copy_n(out.data() + r * stride, w.out_features, values.data() + static_cast<size_t>(r) * w.out_features);
-  return owned<float>(std::move(values), {along.shape(0), static_cast<size_t>(w.out_features)});
+  return owned<float>(std::move(values), {x.shape(0), static_cast<size_t>(w.out_features)});
 }
 
 // Noise of temperature 1 of one draw, for `count` tokens.
@@ -293,7 +288,7 @@ void bind_kernels(nb::module_& m) {
         "queries"_a, "window"_a, "scale"_a, "sink_pages"_a = 0, "recent_pages"_a = 1, "top_pages"_a = std::vector<int>{});
   m.def("feed_forward", &feed_forward, "isa"_a, "up"_a.none(), "down"_a, "x"_a, "gates"_a, nb::kw_only(), "precision"_a, "activation"_a, "threshold"_a,
         "initial"_a, "gate"_a.none() = nb::none());
-  m.def("screen", &screen, "isa"_a, "signs"_a, "along"_a, "rest"_a);
+  m.def("screen", &screen, "isa"_a, "signs"_a, "x"_a);
   m.def("noise", &noise, "isa"_a, "count"_a, nb::kw_only(), "seed"_a, "draw"_a);
   m.def(
       "unpack",

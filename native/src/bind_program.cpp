@@ -97,19 +97,27 @@ nb::dict describe(const PackedLinear& w) {
 
 void bind_program(nb::module_& m) {
   nb::class_<PackedSigns>(m, "Signs")
-      .def(nb::init<int, int>(), "out_features"_a, "in_features"_a)
+      .def(
+          "__init__",
+          [](PackedSigns* self, int out_features, int in_features, const Ints& directions, const Floats& sizes) {
+            if (directions.size() != sizes.size()) throw std::invalid_argument("directions and sizes are not those of the same columns");
+            std::vector<SignColumn> columns(directions.size());
+            for (size_t k = 0; k < columns.size(); ++k) columns[k] = {directions.data()[k], sizes.data()[k]};
+            new (self) PackedSigns(out_features, in_features, std::move(columns));
+          },
+          "out_features"_a, "in_features"_a, "directions"_a, "sizes"_a)
       .def(
           "put_rows",
-          [](PackedSigns& w, int first, const Matrix& along, const Matrix& rest, const Floats& deviations) {
+          [](PackedSigns& w, int first, const Matrix& along, const Matrix& signs, const Floats& scales, const Floats& deviations) {
             if (w.memory.data() == nullptr) throw std::invalid_argument("the signs belong to a program already");
             const size_t rows = along.shape(0);
-            if (along.shape(1) != static_cast<size_t>(PackedSigns::directions) || rest.shape(0) != rows || deviations.size() != rows ||
-                rest.shape(1) != static_cast<size_t>(w.in_features)) {
-              throw std::invalid_argument("along, rest and deviations are not those of the same rows");
+            if (along.shape(1) != static_cast<size_t>(PackedSigns::directions) || signs.shape(0) != rows || scales.size() != rows ||
+                deviations.size() != rows || signs.shape(1) != w.columns.size()) {
+              throw std::invalid_argument("along, signs, scales and deviations are not those of the same rows");
             }
-            w.put_rows(first, static_cast<int>(rows), along.data(), rest.data(), deviations.data());
+            w.put_rows(first, static_cast<int>(rows), along.data(), signs.data(), scales.data(), deviations.data());
           },
-          "first"_a, "along"_a, "rest"_a, "deviations"_a);
+          "first"_a, "along"_a, "signs"_a, "scales"_a, "deviations"_a);
   m.attr("screen_directions") = PackedSigns::directions;
   nb::class_<Program>(m, "Program")
       .def(
@@ -141,9 +149,6 @@ void bind_program(nb::module_& m) {
             return p.add_signs(std::move(signs));
           },
           "signs"_a)
-      .def(
-          "rounded", [](Program& p, int width, int group) { return p.add_activations({Codes::q8, width, group}); }, "width"_a, nb::kw_only(),
-          "group"_a)
       .def("describe", [](const Program& p, int w) { return describe(p.weights(w)); }, "weights"_a)
       .def("activations_for", [](Program& p, int w) { return p.add_activations(ActivationFormat::of(p.weights(w))); }, "weights"_a)
       .def(
@@ -212,8 +217,8 @@ void bind_program(nb::module_& m) {
       .def("gather", [](Program& p, int x, int out) { p.add(op::Gather{x, out}); }, "x"_a, "out"_a)
       .def(
           "screen",
-          [](Program& p, int along, int rest, int signs, int out, float cap) { p.add(op::Screen{along, rest, signs, out, cap}); }, "along"_a,
-          "rest"_a, "signs"_a, "out"_a, nb::kw_only(), "cap"_a = 0.f)
+          [](Program& p, int x, int signs, int out, float cap) { p.add(op::Screen{x, signs, out, cap}); }, "x"_a, "signs"_a, "out"_a,
+          nb::kw_only(), "cap"_a = 0.f)
       .def("shortlist", [](Program& p, int logits, int tiles) { p.add(op::Shortlist{logits, tiles}); }, "logits"_a, nb::kw_only(), "tiles"_a)
       .def(
           "rescore", [](Program& p, int activations, int weights, int out, float cap) { p.add(op::Rescore{activations, weights, out, cap}); },

@@ -76,9 +76,11 @@ void Program::execute(const op::Screen& o, int, int thread, const Part& part) {
     // Each thread makes all tables for itself: that takes less time than one more barrier.
     auto* tables = scratch_[thread].tables.as<int8_t>();
     auto& steps = scratch_[thread].steps;
-    for (int r = begin; r < end; ++r) steps[r - begin] = kernels_.sign_tables(row(o.rest, r, part), w.in_features, tables + (r - begin) * w.table_bytes());
-    kernels_.screen({&w, activations_[o.along].format, activation_row(o.along, begin, part), tables, steps.data(), end - begin,
-                     row(o.out, begin, part), buffers_[o.out].stride},
+    for (int r = begin; r < end; ++r) {
+      steps[r - begin] =
+          kernels_.sign_tables(row(o.x, r, part), w.columns.data(), static_cast<int>(w.columns.size()), tables + (r - begin) * w.table_bytes());
+    }
+    kernels_.screen({&w, row(o.x, begin, part), buffers_[o.x].stride, tables, steps.data(), end - begin, row(o.out, begin, part), buffers_[o.out].stride},
                     first, last);
     for (; begin < end; ++begin) {
       float* logits = row(o.out, begin, part);

@@ -158,9 +158,9 @@ struct SpreadTask {
 // Approximate logits.
 struct ScreenTask {
   const PackedSigns* weights;
-  ActivationFormat along_format;
-  const uint8_t* along;  // [rows] activations along the first directions of its basis
-  const int8_t* tables;  // [rows] of sign_tables along the others,
+  const float* x;  // [rows][x_stride] activations in its basis
+  size_t x_stride;
+  const int8_t* tables;  // [rows] of sign_tables of them,
   const float* steps;    // [rows] and what a 1 in them stands for
   int rows;
   float* out;  // [rows][out_stride]
@@ -209,9 +209,9 @@ struct Kernels {
   void (*spread)(const SpreadTask&, int begin, int end);
   // Logits of tokens [first, first + width), width a multiple of 16: out = x + temperature * noise.
   void (*perturb)(const float* x, int first, int width, float temperature, NoiseKey key, float* out);
-  // What signs of each four of x [columns], a multiple of 32, make of them: tables [columns / 32][8][16], whose entry i has
-  // x with the signs that its bits say. Returns what a 1 stands for.
-  float (*sign_tables)(const float* x, int columns, int8_t* tables);
+  // What signs of each four columns, a multiple of 32, make of activations: tables [count / 32][8][16], whose entry i has
+  // the columns with the signs that its bits say. Returns what a 1 stands for.
+  float (*sign_tables)(const float* x, const SignColumn* columns, int count, int8_t* tables);
   // Tiles [begin, end) of the screen.
   void (*screen)(const ScreenTask&, int begin, int end);
   // Of each of these tiles the largest logit after `margin` > 0 of its deviations.

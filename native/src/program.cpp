@@ -237,15 +237,10 @@ void Program::finish(int logits_buffer) {
             },
             [&](const op::Screen& o) {
               use(buffer_kind, o.out);
-              use(activation_kind, o.along);
-              use(buffer_kind, o.rest);
+              use(buffer_kind, o.x);
               require(kind == 1 && o.out == logits_buffer, "screen: it makes logits");
               const PackedSigns& w = *signs_.at(o.signs);
-              const ActivationFormat& f = activations_[o.along].format;
-              require(f.codes == Codes::q8 && f.in_features == PackedSigns::directions && f.group == PackedSigns::directions &&
-                          f.pairs_kind == Pairs::none && !f.asymmetric,
-                      "screen: activations are of another kind than it reads");
-              require(width(o.rest) == w.in_features, "screen: it has other columns than the buffer");
+              require(width(o.x) == w.in_features, "screen: it has other directions than the buffer");
               require(w.out_features == width(o.out), "screen: it has another vocabulary than the logits");
               require(o.cap >= 0.f && std::isfinite(o.cap), "screen: the cap must be a number of at least 0");
             },
@@ -379,7 +374,7 @@ void Program::find_runs() {
                    [&](const op::Neurons& o) { reads(o.x), reads(o.gates); },
                    [&](const op::Spread& o) { reads(o.x), reads(o.out); },
                    [&](const op::Gather& o) { leaves_run(o.x), leaves_run(o.out), alone = true; },
-                   [&](const op::Screen& o) { reads(o.rest), writes(o.out); },
+                   [&](const op::Screen& o) { reads(o.x), writes(o.out); },
                    [&](const op::Shortlist& o) { reads(o.logits); },
                    [&](const op::Rescore& o) { reads(o.out); },
                },

@@ -110,8 +110,8 @@ struct Gather {  // rows of logit_rows
 };
 // The head where most of the vocabulary rests (execute_head.cpp), one after the other. Rows of which more is wanted than
 // a token get all logits.
-struct Screen {  // approximate logits out of activations along the first directions of a screen's basis, and a buffer of the rest
-  int along, rest, signs, out;
+struct Screen {  // approximate logits out of activations in a screen's basis
+  int x, signs, out;
   float cap;  // soft, or 0
 };
 struct Shortlist {  // of each row the tiles that hold the largest

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fallow.models.checkpoint import open_checkpoint
-from fallow.models.head_screen import HeadScreen, mean_products
+from fallow.models.head_screen import DIRECTIONS, HeadScreen, mean_products
 from fallow.plan import LayerRule, SparsityPlan
 
 
@@ -21,7 +21,7 @@ def pages(*tops: int) -> tuple[LayerRule, ...]:
 
 
 CANDIDATES = 256
-HEAD = (LayerRule("screen", parameters={"rank": 16, "candidates": CANDIDATES}),)
+HEAD = (LayerRule("screen", parameters={"rank": DIRECTIONS, "candidates": CANDIDATES}),)
 
 
 def lean_model(weights: Path, folder: Path, plan: SparsityPlan) -> Path:

@@ -17,7 +17,7 @@ from fallow.engine.runner import ModelRunner
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.decoder import Decoder
 from fallow.models.decoder_weights import load_decoder
-from fallow.models.head_screen import HeadScreen, mean_products
+from fallow.models.head_screen import DIRECTIONS, HeadScreen, mean_products
 from fallow.models.tensors import Checkpoint
 from fallow.plan import LayerRule, SparsityPlan
 
@@ -25,7 +25,7 @@ torch = pytest.importorskip("torch")
 
 
 def screened(candidates: int) -> SparsityPlan:
-    return SparsityPlan(head=(LayerRule("screen", parameters={"rank": 16, "candidates": candidates}),))
+    return SparsityPlan(head=(LayerRule("screen", parameters={"rank": DIRECTIONS, "candidates": candidates}),))
 
 
 def hidden_states(decoder: Decoder, tokens: Sequence[Sequence[int]]) -> Iterator[Float32]:

@@ -11,6 +11,7 @@ import pytest
 from fallow.errors import FallowError, ModelFileError
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.config import ModelConfig
+from fallow.models.head_screen import DIRECTIONS
 from fallow.models.resting import PageRule, Resting, ScreenRule, resting, screen_rule
 from fallow.plan import LayerRule, SparsityPlan
 
@@ -104,7 +105,7 @@ def test_so_many_neurons_work(config: ModelConfig) -> None:
     assert all(layer == Resting() for layer in found[2:])
 
 
-def screen(rank: float = 16, candidates: float = 64, **place: Any) -> LayerRule:
+def screen(rank: float = DIRECTIONS, candidates: float = 64, **place: Any) -> LayerRule:
     return LayerRule("screen", parameters={"rank": rank, "candidates": candidates}, **place)
 
 

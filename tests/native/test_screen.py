@@ -3,6 +3,8 @@ which the largest logit is a draw."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
@@ -19,13 +21,6 @@ def bf16(x: Float32) -> Float32:
     return (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).astype(np.uint32).view(np.float32)
 
 
-def rounded(x: Float32, group: int) -> Float64:
-    """As activations are: 8-bit codes of groups, symmetric."""
-    groups = x.reshape(len(x), -1, group).astype(np.float64)
-    scale = np.maximum(np.abs(groups).max(-1, keepdims=True), 1e-30) / 127
-    return (np.rint(groups / scale) * scale).reshape(x.shape)
-
-
 def looked_up(x: Float32, signs: Float64) -> Float64:
     """Products with signs, of which the sums of four columns are rounded to at most 31 steps."""
     fours = x.reshape(len(x), 1, -1, 4).astype(np.float64)
@@ -35,87 +30,125 @@ def looked_up(x: Float32, signs: Float64) -> Float64:
     return found
 
 
-SHAPES = [(1, 1, 32), (1, 16, 64), (1, 171, 96), (3, 47, 96), (7, 320, 576), (13, 33, 160), (2, 18, 4160)]
+@dataclass
+class Screen:
+    """Random rows, and columns along random directions, some of them several times."""
+
+    along: Float32
+    signs: Float32
+    scales: Float32
+    directions: np.ndarray
+    sizes: Float32
+    packed: _native.Signs
+
+    @staticmethod
+    def random(vocabulary: int, directions: int, columns: int) -> Screen:
+        draw = np.random.default_rng()
+        floats = [
+            draw.normal(0, 1, (vocabulary, DIRECTIONS)), draw.choice([-1.0, 1.0], (vocabulary, columns)),
+            draw.uniform(0.01, 1, vocabulary), draw.uniform(0.1, 1, columns),
+        ]  # fmt: skip
+        along, signs, scales, sizes = (values.astype(np.float32) for values in floats)
+        chosen = draw.integers(0, directions, columns).astype(np.int32)
+        packed = _native.Signs(vocabulary, directions, chosen, sizes)
+        half = vocabulary // 2
+        for part in (slice(half, None), slice(0, half)):
+            ones = np.ones(len(along[part]), np.float32)
+            packed.put_rows(part.start, along[part], signs[part], scales[part], ones)
+        return Screen(along, signs, scales, chosen, sizes, packed)
+
+
+SHAPES = [
+    (1, 1, 4, 32), (1, 16, 64, 64), (1, 171, 70, 96), (3, 47, 96, 96), (7, 320, 576, 704), (13, 33, 100, 160),
+    (2, 18, 2048, 4160),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("rows", "vocabulary", "hidden"), SHAPES)
-def test_screened_logits(isa: str, rows: int, vocabulary: int, hidden: int) -> None:
-    draw = np.random.default_rng()
-    along = draw.normal(0, 1, (vocabulary, DIRECTIONS)).astype(np.float32)
-    rest = draw.normal(0, 0.1, (vocabulary, hidden)).astype(np.float32)
-    signs = _native.Signs(vocabulary, hidden)
-    half = vocabulary // 2
-    for part in (slice(half, None), slice(0, half)):
-        signs.put_rows(part.start, along[part], rest[part], np.ones(len(along[part]), np.float32))
-    x, y = (
-        draw.normal(0, 3, (rows, DIRECTIONS)).astype(np.float32),
-        draw.normal(0, 1, (rows, hidden)).astype(np.float32),
-    )
-    codes = np.clip(np.rint(along.astype(np.float64) / STEP), -128, 127) * STEP
-    scales = bf16(np.abs(rest.astype(np.float64)).mean(1).astype(np.float32))
-    expected = rounded(x, DIRECTIONS) @ codes.T + looked_up(y, np.where(rest > 0, 1.0, -1.0)) * scales
-    found = _native.kernels.screen(isa, signs, x, y)
+@pytest.mark.parametrize(("rows", "vocabulary", "directions", "columns"), SHAPES)
+def test_screened_logits(isa: str, rows: int, vocabulary: int, directions: int, columns: int) -> None:
+    screen = Screen.random(vocabulary, directions, columns)
+    x = np.random.default_rng().normal(0, 3, (rows, directions)).astype(np.float32)
+    codes = np.clip(np.rint(screen.along.astype(np.float64) / STEP), -128, 127) * STEP
+    sums = looked_up(x[:, screen.directions] * screen.sizes, screen.signs.astype(np.float64))
+    expected = x[:, :DIRECTIONS] @ codes.T + sums * bf16(screen.scales)
+    found = _native.kernels.screen(isa, screen.packed, x)
     # A quotient that lies at half a step may be rounded either way.
     np.testing.assert_allclose(found, expected, atol=0.01 * np.abs(expected).max())
     for row in range(rows):
-        alone = _native.kernels.screen(isa, signs, x[row : row + 1], y[row : row + 1])
-        assert np.array_equal(alone[0], found[row])
+        assert np.array_equal(_native.kernels.screen(isa, screen.packed, x[row : row + 1])[0], found[row])
+
+
+def ones_along(count: int, columns: int) -> tuple[_native.Signs, np.ndarray]:
+    """``count`` rows without signs yet, of which every column is a direction after those in 8 bits, of size 1."""
+    directions = np.arange(DIRECTIONS, DIRECTIONS + columns, dtype=np.int32)
+    return _native.Signs(count, DIRECTIONS + columns, directions, np.ones(columns, np.float32)), directions
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_sums_of_signs_that_are_all_as_large_as_can_be(isa: str) -> None:
-    hidden = 8192
-    signs = _native.Signs(2, hidden)
-    rest = np.full((2, hidden), [[1], [-1]], np.float32)
-    signs.put_rows(0, np.zeros((2, DIRECTIONS), np.float32), rest, np.ones(2, np.float32))
-    found = _native.kernels.screen(isa, signs, np.zeros((1, DIRECTIONS), np.float32), np.ones((1, hidden), np.float32))
-    np.testing.assert_allclose(found, [[hidden, -hidden]], rtol=1e-6)
+    columns = 8192
+    screen, directions = ones_along(2, columns)
+    signs = np.full((2, columns), [[1], [-1]], np.float32)
+    screen.put_rows(0, np.zeros((2, DIRECTIONS), np.float32), signs, np.ones(2, np.float32), np.ones(2, np.float32))
+    x = np.zeros((1, DIRECTIONS + columns), np.float32)
+    x[:, directions] = 1
+    np.testing.assert_allclose(_native.kernels.screen(isa, screen, x), [[columns, -columns]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_has_the_same_bits(isa: str) -> None:
-    draw = np.random.default_rng()
-    signs = _native.Signs(50, 128)
-    along, rest = (draw.normal(0, 1, (50, count)).astype(np.float32) for count in (DIRECTIONS, 128))
-    signs.put_rows(0, along, rest, np.ones(50, np.float32))
-    x, y = np.zeros((4, DIRECTIONS), np.float32), draw.normal(0, 1, (4, 128)).astype(np.float32)
-    found, scalar = (_native.kernels.screen(name, signs, x, y) for name in (isa, "scalar"))
+    screen = Screen.random(50, 100, 128).packed
+    x = np.random.default_rng().normal(0, 1, (4, 100)).astype(np.float32)
+    x[:, :DIRECTIONS] = 0
+    found, scalar = (_native.kernels.screen(name, screen, x) for name in (isa, "scalar"))
     assert np.array_equal(found, scalar)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_what_is_no_number_stays_so(isa: str) -> None:
-    signs = _native.Signs(16, 32)
-    signs.put_rows(0, np.ones((16, DIRECTIONS), np.float32), np.ones((16, 32), np.float32), np.ones(16, np.float32))
+    screen, directions = ones_along(16, 32)
+    ones = np.ones(16, np.float32)
+    screen.put_rows(0, np.ones((16, DIRECTIONS), np.float32), np.ones((16, 32), np.float32), ones, ones)
     for value in (np.nan, np.inf):
-        y = np.zeros((1, 32), np.float32)
-        y[0, 5] = value
-        found = _native.kernels.screen(isa, signs, np.zeros((1, DIRECTIONS), np.float32), y)
-        assert not np.isfinite(found).any()
+        for direction in (0, directions[5]):
+            x = np.zeros((1, DIRECTIONS + 32), np.float32)
+            x[0, direction] = value
+            assert not np.isfinite(_native.kernels.screen(isa, screen, x)).any()
 
 
-def test_codes_beyond_their_range_are_cut_off() -> None:
-    signs = _native.Signs(2, 32)
+@pytest.mark.parametrize("isa", ISAS)
+def test_codes_beyond_their_range_are_cut_off(isa: str) -> None:
+    screen, _ = ones_along(2, 32)
     along = np.full((2, DIRECTIONS), 50, np.float32) * np.array([[1], [-1]], np.float32)
-    signs.put_rows(0, along, np.zeros((2, 32), np.float32), np.ones(2, np.float32))
-    x = np.full((1, DIRECTIONS), 127, np.float32)
-    found = _native.kernels.screen("scalar", signs, x, np.zeros((1, 32), np.float32))
-    np.testing.assert_allclose(found, [[127 * DIRECTIONS * 127 * STEP, -128 * DIRECTIONS * 127 * STEP]], rtol=1e-6)
+    screen.put_rows(0, along, np.ones((2, 32), np.float32), np.zeros(2, np.float32), np.ones(2, np.float32))
+    x = np.ones((1, DIRECTIONS + 32), np.float32)
+    found = _native.kernels.screen(isa, screen, x)
+    np.testing.assert_allclose(found, [[DIRECTIONS * 127 * STEP, -128 * DIRECTIONS * STEP]], rtol=1e-6)
 
 
-def test_rows_that_do_not_fit_are_refused() -> None:
-    signs = _native.Signs(20, 64)
-    rows = (np.zeros((3, DIRECTIONS), np.float32), np.zeros((3, 64), np.float32), np.ones(3, np.float32))
+def test_rows_and_columns_that_do_not_fit_are_refused() -> None:
+    screen, directions = ones_along(20, 64)
+    numbers = np.ones(3, np.float32)
+    rows = (np.zeros((3, DIRECTIONS), np.float32), np.zeros((3, 64), np.float32), numbers, numbers)
     for first in (-1, 18, 2**31 - 1):
         with pytest.raises(ValueError, match="fewer rows"):
-            signs.put_rows(first, *rows)
-    with pytest.raises(ValueError, match="not those of the same rows"):
-        signs.put_rows(0, rows[0], rows[1][:2], rows[2])
+            screen.put_rows(first, *rows)
+    for other in ((*rows[:3], numbers[:2]), (*rows[:2], numbers[:2], numbers), (rows[0], rows[1][:2], *rows[2:])):
+        with pytest.raises(ValueError, match="not those of the same rows"):
+            screen.put_rows(0, *other)
+    sizes = np.ones(64, np.float32)
     with pytest.raises(ValueError, match="multiples of 32"):
-        _native.Signs(20, 48)
+        _native.Signs(20, 68, directions[:48], sizes[:48])
     with pytest.raises(ValueError, match="needs rows"):
-        _native.Signs(0, 64)
+        _native.Signs(0, 68, directions, sizes)
+    with pytest.raises(ValueError, match="needs rows, directions"):
+        _native.Signs(20, DIRECTIONS - 1, np.zeros(64, np.int32), sizes)
+    with pytest.raises(ValueError, match="not those of the same columns"):
+        _native.Signs(20, 68, directions, sizes[:32])
+    for place in (-1, 68):
+        with pytest.raises(ValueError, match="a direction that there is not"):
+            _native.Signs(20, 68, np.full(64, place, np.int32), sizes)
 
 
 def noise(count: int, seed: int, draw: int, isa: str = ISAS[0]) -> Float32:

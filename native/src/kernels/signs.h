@@ -1,4 +1,4 @@
-// A screen's logits: out = codes x (activations along its first directions) + scales x (signs x the others).
+// A screen's logits: out = codes x (activations along its first directions) + scales x (signs x those of its columns).
 //
 // Signs are products without a multiplication: of four columns there are sixteen sums, which a table of bytes holds, and
 // one shuffle looks up those of sixteen rows in four tables (as T-MAC does, arXiv 2407.00088, section 3.1, and product
@@ -17,11 +17,12 @@ namespace fallow::kernels {
 constexpr float largest_entry = 31.f;
 
 template <class S>
-float sign_tables(const float* x, int columns, int8_t* tables) {
+float sign_tables(const float* x, const SignColumn* columns, int count, int8_t* tables) {
   using F = typename S::F;
+  const auto of = [&](int k) { return x[columns[k].direction] * columns[k].size; };
   float most = 0.f;
-  for (int k = 0; k < columns; k += 4) {
-    const float all = (std::fabs(x[k]) + std::fabs(x[k + 1])) + (std::fabs(x[k + 2]) + std::fabs(x[k + 3]));
+  for (int k = 0; k < count; k += 4) {
+    const float all = (std::fabs(of(k)) + std::fabs(of(k + 1))) + (std::fabs(of(k + 2)) + std::fabs(of(k + 3)));
     most = all <= most || std::isnan(most) ? most : all;
   }
   alignas(64) float ones[4][lanes];
@@ -29,8 +30,8 @@ float sign_tables(const float* x, int columns, int8_t* tables) {
     for (int bit = 0; bit < 4; ++bit) ones[bit][i] = (i >> bit & 1) != 0 ? 1.f : -1.f;
   }
   const F fit = S::set1(most > 0.f ? largest_entry / most : 0.f);
-  for (int k = 0; k < columns; k += 4, tables += lanes) {
-    const auto signed_by = [&](int bit) { return S::mul(S::set1(x[k + bit]), S::load(ones[bit])); };
+  for (int k = 0; k < count; k += 4, tables += lanes) {
+    const auto signed_by = [&](int bit) { return S::mul(S::set1(of(k + bit)), S::load(ones[bit])); };
     const F sums = S::add(S::add(signed_by(0), signed_by(1)), S::add(signed_by(2), signed_by(3)));
     S::store_s8(tables, S::to_int(S::mul(sums, fit)));
   }
@@ -82,26 +83,23 @@ FALLOW_INLINE void screen_tile(const ScreenTask& task, int row, int tile, const 
   using F = typename S::F;
   using I = typename S::I;
   const PackedSigns& w = *task.weights;
-  const size_t along_stride = task.along_format.row_bytes();
-  const uint8_t* along = task.along + row * along_stride;
+  const float* x = task.x + row * task.x_stride;
   const uint8_t* t = w.tile(tile);
-  I codes[MR];
+  F along[MR];
 #pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) codes[m] = S::set1_i32(load_quad(along + m * along_stride + task.along_format.start_at(true)));
+  for (int m = 0; m < MR; ++m) along[m] = S::zero();
 #pragma GCC unroll 8
-  for (int q = 0; q < PackedSigns::directions / 4; ++q) {
-    const I c = S::load_bytes(t + q * 64);
+  for (int k = 0; k < PackedSigns::directions; ++k) {
+    const F codes = S::to_float(S::isub(S::load_u8(t + k * lanes), S::set1_i32(128)));
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) codes[m] = S::dot_u8s8(codes[m], c, S::set1_i32(load_quad(along + m * along_stride + q * 4)));
+    for (int m = 0; m < MR; ++m) along[m] = S::fma(codes, S::set1(x[m * task.x_stride + k] * PackedSigns::code_step), along[m]);
   }
   I signs[MR];
   sum_signs<S, MR>(t + PackedSigns::codes_bytes, w.groups(), task.tables + row * w.table_bytes(), w.table_bytes(), next, fetch, signs);
   const F scales = S::load_bf16(reinterpret_cast<const uint16_t*>(t + w.scales_at()));
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
-    const float scale = *reinterpret_cast<const float*>(along + m * along_stride + task.along_format.scales_at()) * PackedSigns::code_step;
-    const F rest = S::mul(S::to_float(signs[m]), S::mul(scales, S::set1(task.steps[row + m])));
-    S::store(task.out + (row + m) * task.out_stride + tile * lanes, S::fma(S::to_float(codes[m]), S::set1(scale), rest));
+    S::store(task.out + (row + m) * task.out_stride + tile * lanes, S::fma(S::to_float(signs[m]), S::mul(scales, S::set1(task.steps[row + m])), along[m]));
   }
 }
 

@@ -16,7 +16,7 @@ from fallow import _native
 from fallow.arrays import Bytes, Float32
 from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize
-from fallow.models.head_screen import DIRECTIONS, HeadScreen, row_blocks
+from fallow.models.head_screen import HeadScreen, row_blocks
 from fallow.models.quantize import quantize_q4_1, quantize_q8_0
 from fallow.models.resting import PageRule, Resting, ScreenRule
 from fallow.models.rope import rope_table
@@ -111,12 +111,14 @@ class ProgramBuilder:
     def signs(self, screen: HeadScreen) -> int:
         """Packs the screen's view of the head's rows."""
         head = self.checkpoint.head
-        signs = _native.Signs(*head.shape)
+        columns = screen.columns
+        vocab, hidden = head.shape
+        signs = _native.Signs(vocab, hidden, columns.directions, columns.sizes)
         first = 0
         for rows in row_blocks(head):
-            along, rest = screen.parts(rows)
+            codes = screen.codes(rows)
             deviations = screen.deviations[first : first + len(rows)]
-            signs.put_rows(first, np.ascontiguousarray(along), _padded(rest, axis=1), deviations)
+            signs.put_rows(first, codes.along, codes.signs, codes.scales, deviations)
             first += len(rows)
         self.report["head_screen"] = "signs"
         return self.program.signs(signs)
@@ -205,18 +207,13 @@ class DecoderProgram:
         """Approximate logits of all tokens, and exact ones of those that may be chosen."""
         config, program, builder = self._config, self._program, self._builder
         whole = program.activations_for(head)
-        first, others = screen.projection[:DIRECTIONS], _padded(screen.projection[DIRECTIONS:], axis=0)
-        turns = [program.weights([_floats(rows)], config.hidden_size, precision="q8") for rows in (first, others)]
-        turned = program.activations_for(turns[0])
-        coordinates = [program.buffer(DIRECTIONS), program.buffer(config.hidden_size)]
-        rounded = program.rounded(DIRECTIONS, group=DIRECTIONS)
+        turn = program.weights([_floats(screen.projection)], config.hidden_size, precision="q8")
+        turned = program.activations_for(turn)
+        coordinates = program.buffer(config.hidden_size)
         program.norm_quantise(self._x, builder.vector("norm"), [whole, turned], config.rms_norm_eps)
-        for weights, buffer in zip(turns, coordinates, strict=True):
-            program.linear(turned, weights, buffer)
-        along, rest = coordinates
-        program.quantise(along, rounded)
+        program.linear(turned, turn, coordinates)
         cap = config.logit_softcap or 0.0
-        program.screen(rounded, rest, builder.signs(screen), logits, cap=cap)
+        program.screen(coordinates, builder.signs(screen), logits, cap=cap)
         program.shortlist(logits, tiles=-(-rule.candidates // TILE_ROWS))
         program.rescore(whole, head, logits, cap=cap)
 
@@ -448,12 +445,6 @@ class DecoderProgram:
 def _floats(values: Float32) -> tuple[str, Bytes]:
     """A matrix as a source of weights."""
     return "F32", np.ascontiguousarray(values, np.float32).view(np.uint8)
-
-
-def _padded(values: Float32, axis: int) -> Float32:
-    """With zeros for the directions that are kept in 8 bits, so that there are whole groups of signs."""
-    widths = [(0, DIRECTIONS if side == axis else 0) for side in range(2)]
-    return np.ascontiguousarray(np.pad(values, widths), np.float32)
 
 
 Layout = Callable[[ProgramBuilder, int], object]

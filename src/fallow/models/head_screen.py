@@ -2,13 +2,16 @@
 
 The vocabulary's rows are of full rank (on SmolLM2-135M a rank of 128 of 576 leaves an error of 1.4 to 1.9 nats), but a
 sign tells most of what a row has to say along a direction. So hidden states and rows are turned into a basis in which
-the former are uncorrelated and the latter's columns independent (a principal component analysis of the logits), and the
-screen keeps of each row its numbers along the ``DIRECTIONS`` that matter most in 8 bits, along all others a sign, and
-one scale for all signs.
+the former are uncorrelated and the latter's columns independent (a principal component analysis of the logits), and
+the screen keeps of each row its numbers along the ``DIRECTIONS`` that matter most in 8 bits, along the others signs,
+and one scale for all signs. A direction gets as many signs as it is worth, each for what those before it leave, as
+reverse water-filling shares bits out over components of different variance (Cover and Thomas, Elements of Information
+Theory, section 10.3.3); no direction's worth is trusted to the full, as other text has other hidden states.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -16,19 +19,48 @@ from pathlib import Path
 
 import numpy as np
 
-from fallow.arrays import Float32, Float64, Int64
+from fallow.arrays import Float32, Float64, Int32, Int64
 from fallow.errors import ModelFileError
 from fallow.files import replacing
 from fallow.models.dequantize import dequantize_rows
 from fallow.models.safetensors import read_header
 from fallow.models.tensors import Checkpoint, RawTensor
 
-DIRECTIONS = 16
+DIRECTIONS = 4
 SIGN_GROUP = 32  # columns whose signs lie together: hidden sizes are multiples of it
 LIKELY = 1.5
 SCREEN_FILE = "head_screen.safetensors"
 _BLOCK = 4096  # rows at a time
-_LEAST_VARIANCE = 1e-2  # of hidden states in any direction, in units of the mean one: what text did not show may be
+_UNSEEN_VARIANCE = 0.5  # of hidden states in any direction, in units of the median one: what text did not show may be
+_LEAST_VARIANCE = 1e-3  # at least, in units of the mean one
+_EVENNESS = 0.6  # the power of a variance that counts as the worth of a direction
+_SIGN_SIZES = (0.7979, 0.4834, 0.2695, 0.1599, 0.1012)
+"""Of numbers from a normal distribution of variance 1 the mean magnitude, of what a sign of that size leaves again the
+mean magnitude, and so on;"""
+_LEFT = (1.0, 0.3634, 0.1306, 0.0585, 0.0330, 0.0227)
+"""and the mean square that 0, 1, 2, ... signs leave."""
+
+
+@dataclass(frozen=True)
+class SignColumns:
+    """Which signs there are: each of a direction of the basis, ``directions [n]``, that it changes by its size,
+    ``sizes [n]``; it is the sign of what the direction's ``ranks [n]`` signs of a larger size leave."""
+
+    directions: Int32
+    ranks: Int32
+
+    @property
+    def sizes(self) -> Float32:
+        return np.array(_SIGN_SIZES, np.float32)[self.ranks]
+
+
+@dataclass(frozen=True)
+class RowCodes:
+    """What a screen keeps of rows: ``along [n, DIRECTIONS]``, ``signs [n, columns]`` of 1 and -1, ``scales [n]``."""
+
+    along: Float32
+    signs: Float32
+    scales: Float32
 
 
 @dataclass(frozen=True)
@@ -36,11 +68,13 @@ class HeadScreen:
     """What the screen of a head needs beside its rows.
 
     ``projection [hidden, hidden]`` turns hidden states into the basis, most important direction first, in units in
-    which rows have a mean square of 1 along each. ``deviations [vocab]``: of each row the standard deviation of the
-    screen's error, in nats.
+    which rows have a mean square of 1 along each; ``units [hidden]``: how large hidden states are along each then.
+    ``deviations [vocab]``: of each row the standard deviation of the screen's error, in nats, over text that varies a
+    little more than what was seen.
     """
 
     projection: Float32
+    units: Float32
     deviations: Float32
 
     @cached_property
@@ -54,7 +88,7 @@ class HeadScreen:
         """The screen of ``head [vocab, hidden]`` for hidden states (normalised, as the head reads them) whose products'
         mean is ``covariance [hidden, hidden]``."""
         values, vectors = np.linalg.eigh(covariance)
-        values = np.maximum(values, _LEAST_VARIANCE * values.mean())
+        values = values.clip(0) + max(_UNSEEN_VARIANCE * np.median(values), _LEAST_VARIANCE * values.mean())
         root = (vectors * np.sqrt(values)) @ vectors.T
         inverse = (vectors / np.sqrt(values)) @ vectors.T
         products = np.zeros_like(covariance)
@@ -63,30 +97,71 @@ class HeadScreen:
         sizes, basis = np.linalg.eigh(root @ products @ root)
         sizes, basis = sizes[::-1], basis[:, ::-1]
         units = np.sqrt(np.maximum(sizes, 1e-30 * sizes[0]) / head.shape[0])  # of rows along each direction
-        projection = (inverse @ basis * units).T.astype(np.float32)
-        screen = HeadScreen(np.ascontiguousarray(projection), np.zeros(head.shape[0], np.float32))
-        return HeadScreen(screen.projection, screen._deviations(head, units[DIRECTIONS:]))
+        projection = np.ascontiguousarray((inverse @ basis * units).T.astype(np.float32))
+        screen = HeadScreen(projection, units.astype(np.float32), np.zeros(head.shape[0], np.float32))
+        return HeadScreen(screen.projection, screen.units, screen._deviations(head))
 
-    def _deviations(self, head: RawTensor, units: Float64) -> Float32:
+    def _deviations(self, head: RawTensor) -> Float32:
         """Coordinates of hidden states are uncorrelated, each as large as the unit of its direction."""
-        found = []
-        for rows in row_blocks(head):
-            rest = self.parts(rows)[1]
-            found.append(np.sqrt((((rest - _signs(rest)) * units) ** 2).sum(1)))
+        found = [
+            np.sqrt((((rows @ self.directions - self._kept(self.codes(rows))) * self.units) ** 2).sum(1))
+            for rows in row_blocks(head)
+        ]
         deviations: Float32 = np.maximum(np.concatenate(found), 1e-6).astype(np.float32)
         return deviations
 
-    def parts(self, rows: Float32) -> tuple[Float32, Float32]:
-        """Rows of the head ``[n, hidden]`` in the basis: along the first ``DIRECTIONS``, and along the others."""
+    @cached_property
+    def columns(self) -> SignColumns:
+        """In fours that are about as large, together: in tables of their sums all are rounded alike."""
+        hidden = len(self.units)
+        worth = self.units[DIRECTIONS:].astype(np.float64) ** (2 * _EVENNESS)
+        gains = [(-(_LEFT[0] - _LEFT[1]) * value, direction, 0) for direction, value in enumerate(worth)]
+        heapq.heapify(gains)
+        chosen: list[tuple[int, int]] = []
+        while len(chosen) < sign_columns(hidden):
+            _, direction, rank = heapq.heappop(gains)
+            chosen.append((DIRECTIONS + direction, rank))
+            if rank + 1 < len(_SIGN_SIZES):
+                gain = (_LEFT[rank + 1] - _LEFT[rank + 2]) * worth[direction]
+                heapq.heappush(gains, (-gain, direction, rank + 1))
+        directions, ranks = np.array(chosen, np.int32).T
+        columns = SignColumns(directions, ranks)
+        quarters = np.argsort(-self.units[directions] * columns.sizes, kind="stable").reshape(4, -1)
+        quarters[1::2] = quarters[1::2, ::-1]
+        order = quarters.T.reshape(-1)
+        return SignColumns(np.ascontiguousarray(directions[order]), np.ascontiguousarray(ranks[order]))
+
+    def codes(self, rows: Float32) -> RowCodes:
+        """What is kept of rows of the head ``[n, hidden]``."""
+        columns, units = self.columns, self.units[DIRECTIONS:]
         turned = rows @ self.directions
-        return turned[:, :DIRECTIONS], turned[:, DIRECTIONS:]
+        others = turned[:, DIRECTIONS:]
+        left = others / np.maximum(np.sqrt(((others * units) ** 2).sum(1, keepdims=True) / (units**2).sum()), 1e-30)
+        signs = np.empty((len(rows), len(columns.ranks)), np.float32)
+        kept = np.zeros_like(left)
+        for rank, size in enumerate(_SIGN_SIZES):
+            of_rank = np.flatnonzero(columns.ranks == rank)
+            directions = columns.directions[of_rank] - DIRECTIONS
+            signs[:, of_rank] = np.where(left[:, directions] > 0, 1, -1)
+            kept[:, directions] += size * signs[:, of_rank]
+            left[:, directions] -= size * signs[:, of_rank]
+        scales = ((kept * others) @ units**2) / ((kept**2) @ units**2)
+        return RowCodes(np.ascontiguousarray(turned[:, :DIRECTIONS]), signs, scales)
+
+    def _kept(self, codes: RowCodes) -> Float32:
+        """Rows in the basis as their codes have them ``[n, hidden]``."""
+        columns = self.columns
+        kept = np.zeros((len(codes.scales), len(self.units)), np.float32)
+        kept[:, :DIRECTIONS] = codes.along
+        for rank, size in enumerate(_SIGN_SIZES):
+            of_rank = np.flatnonzero(columns.ranks == rank)
+            kept[:, columns.directions[of_rank]] += size * codes.signs[:, of_rank] * codes.scales[:, None]
+        return kept
 
     def logits(self, hidden: Float32, head: RawTensor) -> Float32:
         """The screen's logits ``[n, vocab]`` of hidden states ``[n, hidden]``, without rounding: the reference."""
         coordinates = hidden @ self.projection.T
-        first, others = coordinates[:, :DIRECTIONS], coordinates[:, DIRECTIONS:]
-        parts = map(self.parts, row_blocks(head))
-        return np.concatenate([first @ along.T + others @ _signs(rest).T for along, rest in parts], 1)
+        return np.concatenate([coordinates @ self._kept(self.codes(rows)).T for rows in row_blocks(head)], 1)
 
     def shortlist(self, hidden: Float32, head: RawTensor, candidates: int, *, tile: int) -> Int64:
         """The tiles of ``tile`` tokens that are computed at once for each row of ``hidden [n, hidden]``: those that
@@ -110,17 +185,22 @@ class HeadScreen:
         """Raises ``ModelFileError`` where the file is not there, damaged, or another model's."""
         if not path.is_file():
             raise ModelFileError(f"The plan screens the head, but {path} is not there: make the plan again.")
-        shapes = {"projection": (hidden_size, hidden_size), "deviations": (vocab_size,)}
+        shapes = {
+            "projection": (hidden_size, hidden_size),
+            "units": (hidden_size,),
+            "deviations": (vocab_size,),
+        }
         tensors = read_header(path)
         arrays = {}
         for name, shape in shapes.items():
             tensor = tensors.get(name)
             if tensor is None or tensor.dtype != "F32" or tensor.shape != shape:
                 raise ModelFileError(
-                    f"{path} is no screen of this model's head: {name} must be {list(shape)} numbers of F32."
+                    f"{path} is no screen of this model's head, or one of another version of fallow: {name} must be "
+                    f"{list(shape)} numbers of F32. Make the plan again."
                 )
             array = tensor.read().view("<f4").astype(np.float32, copy=False).reshape(shape)
-            if not np.isfinite(array).all() or (name == "deviations" and not (array > 0).all()):
+            if not np.isfinite(array).all() or (name != "projection" and not (array > 0).all()):
                 raise ModelFileError(f"{path} is damaged: {name} has values that it cannot have.")
             arrays[name] = array
         screen = HeadScreen(**arrays)
@@ -140,10 +220,9 @@ class HeadScreen:
             file.write(save({field.name: np.ascontiguousarray(getattr(self, field.name)) for field in fields(self)}))
 
 
-def _signs(rest: Float32) -> Float32:
-    """What of each row is kept: signs, and the scale that is best for all of them."""
-    signs: Float32 = np.where(rest > 0, 1, -1) * np.abs(rest).mean(1, keepdims=True)
-    return signs
+def sign_columns(hidden_size: int) -> int:
+    """How many signs are kept of a row: eleven ninths of the hidden size, in whole groups."""
+    return SIGN_GROUP * max(1, round(11 * hidden_size / (9 * SIGN_GROUP)))
 
 
 def row_blocks(head: RawTensor) -> Iterator[Float32]:

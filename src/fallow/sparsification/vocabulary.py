@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from fallow.models.decoder import Decoder
-from fallow.models.head_screen import DIRECTIONS, SIGN_GROUP, HeadScreen, mean_products
+from fallow.models.head_screen import DIRECTIONS, SIGN_GROUP, HeadScreen, mean_products, sign_columns
 from fallow.models.info import held_bytes
 from fallow.models.tensors import Checkpoint
 from fallow.plan import LayerRule
 from fallow.sparsification.choices import Load
 
-CANDIDATES = 768
-"""Tokens that are computed at once: few of a hundred choices need more, and they are 1.6% of 49,152."""
+CANDIDATES = 1024
+"""Tokens that are computed at once: a third of the choices need more, and they are 2.1% of 49,152."""
 OWN_TEXTS = (12, 512)
 """How many texts of how many tokens the model writes for its screen: a basis needs more of them than it has
 directions, and what the model writes is what it chooses words after."""
@@ -46,4 +46,4 @@ def spared_bytes(checkpoint: Checkpoint, precision: str, load: Load) -> float:
     vocab, hidden = checkpoint.head.shape
     whole = held_bytes(checkpoint.head, precision, is_head=True)
     rescored = min(load.batch * CANDIDATES / vocab, 1.0)
-    return whole * (1 - rescored) - vocab * (DIRECTIONS + hidden / 8 + 4)  # codes, signs, two numbers
+    return whole * (1 - rescored) - vocab * (DIRECTIONS + sign_columns(hidden) / 8 + 4)  # codes, signs, two numbers
