@@ -33,7 +33,7 @@ from fallow.sparsification.timing import pages_of
 from fallow.terminal import print_table
 
 CONTEXT = 512
-BATCHES = (1, 2, 4, 8)
+BATCHES = (1, 2, 4, 8, 16)
 QUESTIONS = (
     "Why do farmers let a field lie fallow?", "Write a story about a lighthouse.", "How does a bicycle stay upright?",
     "List ten facts about whales.", "Write a Python function that sorts a list.", "Tell me about the city of Lisbon.",

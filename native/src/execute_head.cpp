@@ -17,7 +17,7 @@
 namespace fallow {
 namespace {
 
-constexpr float likely_deviations = 1.5f;  // with which tiles compete to be computed first; LIKELY in models/head_screen.py
+constexpr float likely_deviations = 3.f;  // with which tiles compete to be computed first; LIKELY in models/head_screen.py
 constexpr float safe_deviations = 5.f;
 constexpr int most_rounds = 2;  // of further tiles, before a row gets all of them
 constexpr float infinity = std::numeric_limits<float>::infinity();

@@ -152,6 +152,8 @@ def put(value: float) -> Callable[[Float32], Float32]:
         (changed("units", lambda x: x[:-1]), f"units must be [{HIDDEN}]"),
         (changed("units", put(0.0)), "units has values"),
         (changed("units", put(np.inf)), "units has values"),
+        (changed("units", put(1e30)), "units has values"),
+        (changed("units", put(1e-30)), "units has values"),
         (changed("projection", put(np.nan)), "projection has values"),
         (changed("projection", put(np.inf)), "projection has values"),
     ],

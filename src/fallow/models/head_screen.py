@@ -28,11 +28,12 @@ from fallow.models.tensors import Checkpoint, RawTensor
 
 DIRECTIONS = 4
 SIGN_GROUP = 32  # columns whose signs lie together: hidden sizes are multiples of it
-LIKELY = 1.5
+LIKELY = 3.0
 SCREEN_FILE = "head_screen.safetensors"
 _BLOCK = 4096  # rows at a time
 _UNSEEN_VARIANCE = 0.5  # of hidden states in any direction, in units of the median one: what text did not show may be
 _LEAST_VARIANCE = 1e-3  # at least, in units of the mean one
+_SIZES = (1e-12, 1e12)  # what units and deviations can be: squares of others may not be numbers
 _EVENNESS = 0.6  # the power of a variance that counts as the worth of a direction
 _SIGN_SIZES = (0.7979, 0.4834, 0.2695, 0.1599, 0.1012)
 """Of numbers from a normal distribution of variance 1 the mean magnitude, of what a sign of that size leaves again the
@@ -96,7 +97,7 @@ class HeadScreen:
             products += rows.T.astype(np.float64) @ rows
         sizes, basis = np.linalg.eigh(root @ products @ root)
         sizes, basis = sizes[::-1], basis[:, ::-1]
-        units = np.sqrt(np.maximum(sizes, 1e-30 * sizes[0]) / head.shape[0])  # of rows along each direction
+        units = np.sqrt(np.maximum(sizes, 1e-16 * sizes[0]) / head.shape[0])  # of rows along each direction
         projection = np.ascontiguousarray((inverse @ basis * units).T.astype(np.float32))
         screen = HeadScreen(projection, units.astype(np.float32), np.zeros(head.shape[0], np.float32))
         return HeadScreen(screen.projection, screen.units, screen._deviations(head))
@@ -200,7 +201,9 @@ class HeadScreen:
                     f"{list(shape)} numbers of F32. Make the plan again."
                 )
             array = tensor.read().view("<f4").astype(np.float32, copy=False).reshape(shape)
-            if not np.isfinite(array).all() or (name != "projection" and not (array > 0).all()):
+            sizes = np.abs(array) if name == "projection" else array
+            least = 0.0 if name == "projection" else _SIZES[0]
+            if not ((sizes >= least) & (sizes <= _SIZES[1])).all():
                 raise ModelFileError(f"{path} is damaged: {name} has values that it cannot have.")
             arrays[name] = array
         screen = HeadScreen(**arrays)
