@@ -17,6 +17,7 @@ using namespace nb::literals;
 namespace fallow {
 namespace {
 
+using Signs = nb::ndarray<const bool, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -108,16 +109,16 @@ void bind_program(nb::module_& m) {
           "out_features"_a, "in_features"_a, "directions"_a, "sizes"_a)
       .def(
           "put_rows",
-          [](PackedSigns& w, int first, const Matrix& along, const Matrix& signs, const Floats& scales, const Floats& deviations) {
+          [](PackedSigns& w, int first, const Matrix& along, const Signs& positive, const Floats& scales, const Floats& deviations) {
             if (w.memory.data() == nullptr) throw std::invalid_argument("the signs belong to a program already");
             const size_t rows = along.shape(0);
-            if (along.shape(1) != static_cast<size_t>(PackedSigns::directions) || signs.shape(0) != rows || scales.size() != rows ||
-                deviations.size() != rows || signs.shape(1) != w.columns.size()) {
-              throw std::invalid_argument("along, signs, scales and deviations are not those of the same rows");
+            if (along.shape(1) != static_cast<size_t>(PackedSigns::directions) || positive.shape(0) != w.columns.size() ||
+                positive.shape(1) != rows || scales.size() != rows || deviations.size() != rows) {
+              throw std::invalid_argument("along, positive, scales and deviations are not those of the same rows");
             }
-            w.put_rows(first, static_cast<int>(rows), along.data(), signs.data(), scales.data(), deviations.data());
+            w.put_rows(first, static_cast<int>(rows), along.data(), positive.data(), scales.data(), deviations.data());
           },
-          "first"_a, "along"_a, "signs"_a, "scales"_a, "deviations"_a);
+          "first"_a, "along"_a, "positive"_a, "scales"_a, "deviations"_a);
   m.attr("screen_directions") = PackedSigns::directions;
   nb::class_<Program>(m, "Program")
       .def(

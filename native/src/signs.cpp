@@ -27,7 +27,7 @@ PackedSigns::PackedSigns(int out_features, int in_features, std::vector<SignColu
   std::fill(deviations_of_last + lanes - beyond, deviations_of_last + lanes, minus_infinity);
 }
 
-void PackedSigns::put_rows(int first, int count, const float* along, const float* signs, const float* row_scales,
+void PackedSigns::put_rows(int first, int count, const float* along, const bool* positive, const float* row_scales,
                            const float* row_deviations) {
   if (first < 0 || count < 0 || first > out_features - count) throw std::invalid_argument("the screen has fewer rows");
   for (int i = 0; i < count; ++i) {
@@ -37,14 +37,16 @@ void PackedSigns::put_rows(int first, int count, const float* along, const float
       const float code = std::nearbyint(along[i * directions + k] / code_step);
       t[k * lanes + lane] = static_cast<uint8_t>(128 + static_cast<int>(code > -128.f ? std::min(code, 127.f) : -128.f));
     }
-    for (size_t k = 0; k < columns.size(); ++k) {
-      const bool is_positive = signs[i * columns.size() + k] > 0.f;
-      const size_t bit = k % group / 16 * 4 + k % 4;
-      uint8_t& byte = t[codes_bytes + k / group * group_bytes + k % 16 / 4 * lanes + lane];
-      byte = static_cast<uint8_t>((byte & ~(1u << bit)) | (static_cast<unsigned>(is_positive) << bit));
-    }
     reinterpret_cast<uint16_t*>(t + scales_at())[lane] = float_to_bf16(row_scales[i]);
     reinterpret_cast<uint16_t*>(t + deviations_at())[lane] = float_to_bf16(row_deviations[i]);
+  }
+  for (size_t k = 0; k < columns.size(); ++k) {
+    const size_t bit = k % group / 16 * 4 + k % 4;
+    const size_t at = codes_bytes + k / group * group_bytes + k % 16 / 4 * lanes;
+    for (int i = 0; i < count; ++i) {
+      uint8_t& byte = tile((first + i) / lanes)[at + (first + i) % lanes];
+      byte = static_cast<uint8_t>((byte & ~(1u << bit)) | (static_cast<unsigned>(positive[k * count + i]) << bit));
+    }
   }
 }
 

@@ -48,8 +48,8 @@ struct PackedSigns {
 
   PackedSigns() = default;
   PackedSigns(int out_features, int in_features, std::vector<SignColumn> columns);  // throws std::invalid_argument
-  // Rows [first, first + count): [count][directions], [count][columns], [count], [count]. Throws std::invalid_argument.
-  void put_rows(int first, int count, const float* along, const float* signs, const float* row_scales, const float* row_deviations);
+  // Rows [first, first + count): [count][directions], [columns][count], [count], [count]. Throws std::invalid_argument.
+  void put_rows(int first, int count, const float* along, const bool* positive, const float* row_scales, const float* row_deviations);
   void move_to(Arena& arena);
 };
 

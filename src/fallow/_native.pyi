@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 _Source = tuple[str, npt.NDArray[np.uint8]]
 _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int32]
+_Bools = npt.NDArray[np.bool_]
 _Sampled = tuple[_Ints, _Floats, _Ints, _Floats]
 
 class PackedForm(TypedDict):
@@ -31,7 +32,7 @@ def release_free_memory() -> None: ...
 
 class Signs:
     def __init__(self, out_features: int, in_features: int, directions: _Ints, sizes: _Floats) -> None: ...
-    def put_rows(self, first: int, along: _Floats, signs: _Floats, scales: _Floats, deviations: _Floats) -> None: ...
+    def put_rows(self, first: int, along: _Floats, positive: _Bools, scales: _Floats, deviations: _Floats) -> None: ...
 
 class Program:
     def __init__(

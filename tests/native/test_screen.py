@@ -30,6 +30,11 @@ def looked_up(x: Float32, signs: Float64) -> Float64:
     return found
 
 
+def positive(signs: Float32) -> np.ndarray:
+    """Of each column the rows whose sign is positive."""
+    return np.ascontiguousarray(signs.T > 0)
+
+
 @dataclass
 class Screen:
     """Random rows, and columns along random directions, some of them several times."""
@@ -54,7 +59,7 @@ class Screen:
         half = vocabulary // 2
         for part in (slice(half, None), slice(0, half)):
             ones = np.ones(len(along[part]), np.float32)
-            packed.put_rows(part.start, along[part], signs[part], scales[part], ones)
+            packed.put_rows(part.start, along[part], positive(signs[part]), scales[part], ones)
         return Screen(along, signs, scales, chosen, sizes, packed)
 
 
@@ -90,7 +95,8 @@ def test_sums_of_signs_that_are_all_as_large_as_can_be(isa: str) -> None:
     columns = 8192
     screen, directions = ones_along(2, columns)
     signs = np.full((2, columns), [[1], [-1]], np.float32)
-    screen.put_rows(0, np.zeros((2, DIRECTIONS), np.float32), signs, np.ones(2, np.float32), np.ones(2, np.float32))
+    along = np.zeros((2, DIRECTIONS), np.float32)
+    screen.put_rows(0, along, positive(signs), np.ones(2, np.float32), np.ones(2, np.float32))
     x = np.zeros((1, DIRECTIONS + columns), np.float32)
     x[:, directions] = 1
     np.testing.assert_allclose(_native.kernels.screen(isa, screen, x), [[columns, -columns]], rtol=1e-6)
@@ -109,7 +115,7 @@ def test_every_instruction_set_has_the_same_bits(isa: str) -> None:
 def test_what_is_no_number_stays_so(isa: str) -> None:
     screen, directions = ones_along(16, 32)
     ones = np.ones(16, np.float32)
-    screen.put_rows(0, np.ones((16, DIRECTIONS), np.float32), np.ones((16, 32), np.float32), ones, ones)
+    screen.put_rows(0, np.ones((16, DIRECTIONS), np.float32), np.ones((32, 16), np.bool_), ones, ones)
     for value in (np.nan, np.inf):
         for direction in (0, directions[5]):
             x = np.zeros((1, DIRECTIONS + 32), np.float32)
@@ -121,7 +127,7 @@ def test_what_is_no_number_stays_so(isa: str) -> None:
 def test_codes_beyond_their_range_are_cut_off(isa: str) -> None:
     screen, _ = ones_along(2, 32)
     along = np.full((2, DIRECTIONS), 50, np.float32) * np.array([[1], [-1]], np.float32)
-    screen.put_rows(0, along, np.ones((2, 32), np.float32), np.zeros(2, np.float32), np.ones(2, np.float32))
+    screen.put_rows(0, along, np.ones((32, 2), np.bool_), np.zeros(2, np.float32), np.ones(2, np.float32))
     x = np.ones((1, DIRECTIONS + 32), np.float32)
     found = _native.kernels.screen(isa, screen, x)
     np.testing.assert_allclose(found, [[DIRECTIONS * 127 * STEP, -128 * DIRECTIONS * STEP]], rtol=1e-6)
@@ -130,11 +136,11 @@ def test_codes_beyond_their_range_are_cut_off(isa: str) -> None:
 def test_rows_and_columns_that_do_not_fit_are_refused() -> None:
     screen, directions = ones_along(20, 64)
     numbers = np.ones(3, np.float32)
-    rows = (np.zeros((3, DIRECTIONS), np.float32), np.zeros((3, 64), np.float32), numbers, numbers)
+    rows = (np.zeros((3, DIRECTIONS), np.float32), np.zeros((64, 3), np.bool_), numbers, numbers)
     for first in (-1, 18, 2**31 - 1):
         with pytest.raises(ValueError, match="fewer rows"):
             screen.put_rows(first, *rows)
-    for other in ((*rows[:3], numbers[:2]), (*rows[:2], numbers[:2], numbers), (rows[0], rows[1][:2], *rows[2:])):
+    for other in ((*rows[:3], numbers[:2]), (*rows[:2], numbers[:2], numbers), (rows[0], rows[1][:32], *rows[2:])):
         with pytest.raises(ValueError, match="not those of the same rows"):
             screen.put_rows(0, *other)
     sizes = np.ones(64, np.float32)

@@ -118,7 +118,7 @@ class ProgramBuilder:
         for rows in row_blocks(head):
             codes = screen.codes(rows)
             deviations = screen.deviations[first : first + len(rows)]
-            signs.put_rows(first, codes.along, codes.signs, codes.scales, deviations)
+            signs.put_rows(first, codes.along, codes.positive, codes.scales, deviations)
             first += len(rows)
         self.report["head_screen"] = "signs"
         return self.program.signs(signs)

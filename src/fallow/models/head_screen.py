@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fallow.arrays import Float32, Float64, Int32, Int64
+from fallow.arrays import Bools, Float32, Float64, Int32, Int64
 from fallow.errors import ModelFileError
 from fallow.files import replacing
 from fallow.models.dequantize import dequantize_rows
@@ -57,10 +57,10 @@ class SignColumns:
 
 @dataclass(frozen=True)
 class RowCodes:
-    """What a screen keeps of rows: ``along [n, DIRECTIONS]``, ``signs [n, columns]`` of 1 and -1, ``scales [n]``."""
+    """What a screen keeps of rows: ``along [n, DIRECTIONS]``, ``positive [columns, n]`` and ``scales [n]``."""
 
     along: Float32
-    signs: Float32
+    positive: Bools
     scales: Float32
 
 
@@ -105,7 +105,7 @@ class HeadScreen:
     def _deviations(self, head: RawTensor) -> Float32:
         """Coordinates of hidden states are uncorrelated, each as large as the unit of its direction."""
         found = [
-            np.sqrt((((rows @ self.directions - self._kept(self.codes(rows))) * self.units) ** 2).sum(1))
+            np.sqrt(self.units**2 @ (self.directions.T @ rows.T - self._kept(self.codes(rows))) ** 2)
             for rows in row_blocks(head)
         ]
         deviations: Float32 = np.maximum(np.concatenate(found), 1e-6).astype(np.float32)
@@ -134,35 +134,36 @@ class HeadScreen:
 
     def codes(self, rows: Float32) -> RowCodes:
         """What is kept of rows of the head ``[n, hidden]``."""
-        columns, units = self.columns, self.units[DIRECTIONS:]
-        turned = rows @ self.directions
-        others = turned[:, DIRECTIONS:]
-        left = others / np.maximum(np.sqrt(((others * units) ** 2).sum(1, keepdims=True) / (units**2).sum()), 1e-30)
-        signs = np.empty((len(rows), len(columns.ranks)), np.float32)
-        kept = np.zeros_like(left)
+        columns, weights = self.columns, self.units[DIRECTIONS:] ** 2
+        turned = self.directions.T @ rows.T
+        others = turned[DIRECTIONS:]
+        numbers = others / np.maximum(np.sqrt(weights @ others**2 / weights.sum()), 1e-30)  # of variance 1 or so
+        left = numbers.copy()
+        positive = np.empty((len(columns.ranks), len(rows)), np.bool_)
         for rank, size in enumerate(_SIGN_SIZES):
             of_rank = np.flatnonzero(columns.ranks == rank)
             directions = columns.directions[of_rank] - DIRECTIONS
-            signs[:, of_rank] = np.where(left[:, directions] > 0, 1, -1)
-            kept[:, directions] += size * signs[:, of_rank]
-            left[:, directions] -= size * signs[:, of_rank]
-        scales = ((kept * others) @ units**2) / ((kept**2) @ units**2)
-        return RowCodes(np.ascontiguousarray(turned[:, :DIRECTIONS]), signs, scales)
+            signs = left[directions] > 0
+            positive[of_rank] = signs
+            left[directions] -= np.where(signs, np.float32(size), np.float32(-size))
+        kept = numbers - left
+        scales = (weights @ (kept * others)) / (weights @ kept**2)
+        return RowCodes(np.ascontiguousarray(turned[:DIRECTIONS].T), positive, scales)
 
     def _kept(self, codes: RowCodes) -> Float32:
-        """Rows in the basis as their codes have them ``[n, hidden]``."""
+        """Rows in the basis as their codes have them ``[hidden, n]``."""
         columns = self.columns
-        kept = np.zeros((len(codes.scales), len(self.units)), np.float32)
-        kept[:, :DIRECTIONS] = codes.along
+        kept = np.zeros((len(self.units), len(codes.scales)), np.float32)
+        kept[:DIRECTIONS] = codes.along.T
         for rank, size in enumerate(_SIGN_SIZES):
             of_rank = np.flatnonzero(columns.ranks == rank)
-            kept[:, columns.directions[of_rank]] += size * codes.signs[:, of_rank] * codes.scales[:, None]
+            kept[columns.directions[of_rank]] += np.where(codes.positive[of_rank], size, -size) * codes.scales
         return kept
 
     def logits(self, hidden: Float32, head: RawTensor) -> Float32:
         """The screen's logits ``[n, vocab]`` of hidden states ``[n, hidden]``, without rounding: the reference."""
         coordinates = hidden @ self.projection.T
-        return np.concatenate([coordinates @ self._kept(self.codes(rows)).T for rows in row_blocks(head)], 1)
+        return np.concatenate([coordinates @ self._kept(self.codes(rows)) for rows in row_blocks(head)], 1)
 
     def shortlist(self, hidden: Float32, head: RawTensor, candidates: int, *, tile: int) -> Int64:
         """The tiles of ``tile`` tokens that are computed at once for each row of ``hidden [n, hidden]``: those that
