@@ -226,7 +226,7 @@ class HeadScreen:
 
 def sign_columns(hidden_size: int) -> int:
     """How many signs are kept of a row: eleven ninths of the hidden size, in whole groups."""
-    return SIGN_GROUP * max(1, round(11 * hidden_size / (9 * SIGN_GROUP)))
+    return SIGN_GROUP * -(-11 * hidden_size // (9 * SIGN_GROUP))
 
 
 def row_blocks(head: RawTensor) -> Iterator[Float32]:
