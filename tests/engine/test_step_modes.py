@@ -123,7 +123,7 @@ def test_a_draft_draws_as_a_dense_step_does(
     expected = text.step(dense, parts, "plan", **sampling).tokens
     rows, tiles, _ = lean.head_counts
     agreed = np.mean(text.step(lean, parts, "draft", **sampling).tokens == expected)
-    assert agreed > (0.3 if sampling else 0.9)
+    assert agreed > (0.4 if sampling else 0.9)
     assert lean.head_counts == (rows + 80, tiles + 80 * CANDIDATES // TILE_ROWS, lean.head_counts[2])
     screened = lean.head_counts[0]
     np.testing.assert_array_equal(text.step(lean, parts, "dense", **sampling).tokens, expected)

@@ -163,7 +163,7 @@ def test_the_inputs_that_work_in_the_reference(tmp_path: Path) -> None:
 
 def test_the_tiles_of_the_head_that_a_step_computes(tiny_checkpoints: dict[str, Path]) -> None:
     model = Model(tiny_checkpoints["llama"])
-    runner = model.runner(screened(64))
+    runner = model.runner(screened(32))
     tokens = np.random.default_rng(3).integers(3, model.vocab_size, 60).astype(np.int32)
     sampling = greedy(40)
     sampling["temperature"][::2], sampling["draw"] = 0.8, np.arange(40)
@@ -198,7 +198,7 @@ def all_axes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SparsityPl
     pages = LayerRule("top_pages", parameters={"sink_pages": 1, "recent_pages": 1, "top_pages": 2})
     attention = (replace(pages, layer=1), replace(pages, layer=2))
     inputs = (LayerRule("threshold", 1, "o_proj", {"threshold": 0.3}),)
-    plan = SparsityPlan(attention=attention, ffn=ZEROS.ffn, input=inputs, head=screened(64).head)
+    plan = SparsityPlan(attention=attention, ffn=ZEROS.ffn, input=inputs, head=screened(32).head)
     return model.checkpoint.path, plan, model
 
 
@@ -258,7 +258,7 @@ def lean(tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFac
         (folder / file.name).symlink_to(file)
     Model(folder).screen.save(folder)
     pages = LayerRule("top_pages", parameters={"sink_pages": 1, "recent_pages": 1, "top_pages": 2})
-    SparsityPlan(attention=(replace(pages, layer=0), replace(pages, layer=2)), head=screened(64).head).save(
+    SparsityPlan(attention=(replace(pages, layer=0), replace(pages, layer=2)), head=screened(32).head).save(
         folder / "plan.json"
     )
     return folder

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -32,7 +32,7 @@ LIKELY = 3.0
 SCREEN_FILE = "head_screen.safetensors"
 _BLOCK = 4096  # rows at a time
 _UNSEEN_VARIANCE = 0.5  # of hidden states in any direction, in units of the median one: what text did not show may be
-_LEAST_VARIANCE = 1e-3  # at least, in units of the mean one
+_LEAST_VARIANCE = 1e-2  # at least, in units of the mean one: short text leaves most directions out
 _SIZES = (1e-12, 1e12)  # what units and deviations can be: squares of others may not be numbers
 _EVENNESS = 0.6  # the power of a variance that counts as the worth of a direction
 _SIGN_SIZES = (0.7979, 0.4834, 0.2695, 0.1599, 0.1012)
@@ -53,6 +53,12 @@ class SignColumns:
     @property
     def sizes(self) -> Float32:
         return np.array(_SIGN_SIZES, np.float32)[self.ranks]
+
+    def by_rank(self) -> Iterator[tuple[np.float32, Int64, Int32]]:
+        """Of the largest signs first, then of those of each further rank: size, places, and directions."""
+        for rank, size in enumerate(_SIGN_SIZES):
+            places = np.flatnonzero(self.ranks == rank)
+            yield np.float32(size), places, self.directions[places]
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class HeadScreen:
         units = np.sqrt(np.maximum(sizes, 1e-16 * sizes[0]) / head.shape[0])  # of rows along each direction
         projection = np.ascontiguousarray((inverse @ basis * units).T.astype(np.float32))
         screen = HeadScreen(projection, units.astype(np.float32), np.zeros(head.shape[0], np.float32))
-        return HeadScreen(screen.projection, screen.units, screen._deviations(head))
+        return replace(screen, deviations=screen._deviations(head))
 
     def _deviations(self, head: RawTensor) -> Float32:
         """Coordinates of hidden states are uncorrelated, each as large as the unit of its direction."""
@@ -140,24 +146,20 @@ class HeadScreen:
         numbers = others / np.maximum(np.sqrt(weights @ others**2 / weights.sum()), 1e-30)  # of variance 1 or so
         left = numbers.copy()
         positive = np.empty((len(columns.ranks), len(rows)), np.bool_)
-        for rank, size in enumerate(_SIGN_SIZES):
-            of_rank = np.flatnonzero(columns.ranks == rank)
-            directions = columns.directions[of_rank] - DIRECTIONS
-            signs = left[directions] > 0
-            positive[of_rank] = signs
-            left[directions] -= np.where(signs, np.float32(size), np.float32(-size))
+        for size, places, directions in columns.by_rank():
+            signs = left[directions - DIRECTIONS] > 0
+            positive[places] = signs
+            left[directions - DIRECTIONS] -= np.where(signs, size, -size)
         kept = numbers - left
         scales = (weights @ (kept * others)) / (weights @ kept**2)
         return RowCodes(np.ascontiguousarray(turned[:DIRECTIONS].T), positive, scales)
 
     def _kept(self, codes: RowCodes) -> Float32:
         """Rows in the basis as their codes have them ``[hidden, n]``."""
-        columns = self.columns
         kept = np.zeros((len(self.units), len(codes.scales)), np.float32)
         kept[:DIRECTIONS] = codes.along.T
-        for rank, size in enumerate(_SIGN_SIZES):
-            of_rank = np.flatnonzero(columns.ranks == rank)
-            kept[columns.directions[of_rank]] += np.where(codes.positive[of_rank], size, -size) * codes.scales
+        for size, places, directions in self.columns.by_rank():
+            kept[directions] += np.where(codes.positive[places], size, -size) * codes.scales
         return kept
 
     def logits(self, hidden: Float32, head: RawTensor) -> Float32:
