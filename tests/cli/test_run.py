@@ -144,7 +144,7 @@ def test_a_model_without_a_chat_template_is_one_line_and_1(fallow, terminal, tin
 
 
 def test_ctrl_c_ends_one_answer_with_130(terminal, smollm2_gguf: Path):
-    shell = terminal("run", str(smollm2_gguf), LONG, "--max-tokens", "4000")
+    shell = terminal("run", str(smollm2_gguf), LONG, "--temperature", "0", "--max-tokens", "4000")
     shell.read_until(". ")
     shell.type("\x03")
     code, rest = shell.close()
