@@ -6,6 +6,7 @@ import inspect
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,10 +16,14 @@ from fallow.models.decoder import Decoder
 from fallow.models.decoder_weights import load_decoder
 from fallow.models.tokenizer import load_tokenizer
 from fallow.plan import LayerRule, SparsityPlan
+from fallow.sparsification.choices import Load
+from fallow.sparsification.kinds import Kinds
 from fallow.sparsification.page_prices import COUNTS, RECENT_PAGES, SINK_PAGES, page_errors
 from fallow.sparsification.sensitivity import sensitivities
+from fallow.sparsification.text import Question
 
 TOKENS = 512
+SOME = torch.tensor([300, 410, 509])
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def streams(decoder: Decoder, window: list[int]) -> list[Tensor]:
 
 @pytest.mark.parametrize("place", [(0, 1, 0), (0, 1, 2), (7, 0, 1), (29, 2, 3)])  # layer, KV head, pages
 def test_an_error_is_that_of_the_plan(
-    decoder: Decoder, window: list[int], page_table: Tensor, place: tuple[int, int, int]
+    decoder: Decoder, window: list[int], page_table: Tensor, table_of_some: Tensor, place: tuple[int, int, int]
 ) -> None:
     layer, head, count = place
     everything = 1 << 20
@@ -59,14 +64,34 @@ def test_an_error_is_that_of_the_plan(
         sparse = streams(decoder, window)[layer]
     finally:
         decoder.obey(SparsityPlan.dense())
-    queries = torch.linspace(TOKENS // 2, TOKENS - 1, min(256, TOKENS // 2)).long()
-    error = (sparse - dense)[queries].square().sum(-1) / dense[queries].square().sum(-1)
-    assert float(page_table[layer, head, COUNTS.index(count)]) == pytest.approx(float(error.mean()), rel=2e-3)
+    late = torch.linspace(TOKENS // 2, TOKENS - 1, min(256, TOKENS // 2)).long()
+    for queries, table in ((late, page_table), (SOME, table_of_some)):
+        error = (sparse - dense)[queries].square().sum(-1) / dense[queries].square().sum(-1)
+        assert float(table[layer, head, COUNTS.index(count)]) == pytest.approx(float(error.mean()), rel=2e-3)
 
 
 @pytest.fixture(scope="module")
 def page_table(decoder: Decoder, window: list[int]) -> Tensor:
     return page_errors(decoder, [window])
+
+
+@pytest.fixture(scope="module")
+def table_of_some(decoder: Decoder, window: list[int]) -> Tensor:
+    return page_errors(decoder, [window], [SOME])
+
+
+def test_pages_cost_what_text_and_answers_lose(decoder: Decoder, window: list[int], smollm2_gguf: Path) -> None:
+    question = Question(window[:-3], window[-3:])
+    assert question.tokens == window
+    kinds = Kinds(open_checkpoint(smollm2_gguf), Load(1, TOKENS), "auto", 2, pages=True, in_parts=[], removed=())
+    alone, with_answer = (
+        kinds.priced(decoder, [window], some, lambda what, done, total: None)[0] for some in ([], [question])
+    )
+    weights = sensitivities(decoder, [window], torch.Generator().manual_seed(0))[:-1, None, None]
+    answer = (weights * page_errors(decoder, [window], [torch.tensor([TOKENS - 4, TOKENS - 3, TOKENS - 2])])).numpy()
+    expected = 0.8 * alone.prices[:, :-1] + 0.2 * answer.reshape(-1, len(COUNTS))
+    np.testing.assert_allclose(with_answer.prices[:, :-1], expected, rtol=1e-9)
+    assert (with_answer.prices[:, 0] > 1.05 * alone.prices[:, 0]).any()
 
 
 def test_more_pages_cost_less_and_all_cost_nothing(page_table: Tensor) -> None:

@@ -14,9 +14,11 @@ import pytest
 from fallow.engine.engine import Engine
 from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError
+from fallow.evaluate.needle import DEPTHS, needles
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.head_screen import SCREEN_FILE
 from fallow.models.info import describe
+from fallow.models.tokenizer import load_tokenizer
 from fallow.plan import LayerRule, SparsityPlan
 from fallow.sparsification.choices import Load
 from fallow.sparsification.floor import Floor
@@ -130,6 +132,19 @@ def test_a_floor_of_needles(smollm2_gguf: Path) -> None:
     assert judge.accuracy(SparsityPlan.dense(), floor) >= 0.6
     everything = SparsityPlan(structure=(LayerRule("removed", None, "attention"),))
     assert judge.accuracy(everything, floor) == 0
+
+
+def test_needles_that_price_are_like_those_that_are_asked_but_others(smollm2_gguf: Path) -> None:
+    tokenizer = load_tokenizer(smollm2_gguf)
+    questions = Floor("needle", 0.5, 300, limit=1).questions(tokenizer)
+    asked = {needle.answer for depth in DEPTHS for needle in needles(tokenizer, 300, depth, 20)}
+    assert len(questions) == 3
+    for question in questions:
+        prompt, answer = tokenizer.decode(question.prompt), tokenizer.decode(question.answer)
+        assert f"is{answer}." in prompt
+        assert [question.tokens[at + 1] for at in question.answers] == question.answer
+        assert answer.strip() not in asked
+    assert Floor("capitals.yaml", 0.5, 300).questions(tokenizer) == []
 
 
 def test_windows_for_calibration_are_kept_apart() -> None:

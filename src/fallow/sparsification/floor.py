@@ -9,7 +9,9 @@ from fallow.engine.engine import Engine
 from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError
 from fallow.evaluate import NEEDLE, TRIALS
-from fallow.evaluate.needle import find_needles
+from fallow.evaluate.needle import DEPTHS, find_needles, needles
+from fallow.models.tokenizer import Tokenizer
+from fallow.sparsification.text import Question
 from fallow.terminal import Progress
 
 
@@ -23,9 +25,22 @@ class Floor:
     context: int
     limit: int | None = None
 
+    @property
+    def _is_needle(self) -> bool:
+        return self.task == NEEDLE and not Path(NEEDLE).exists()
+
+    def questions(self, tokenizer: Tokenizer) -> list[Question]:
+        """With answers, like those of the task but other ones, that tell what must be read far back: needles, one at
+        each depth but the ends, which are always read. None for other tasks. Raises ``FallowError`` where the context
+        is too short."""
+        if not self._is_needle:
+            return []
+        found = [needle for depth in DEPTHS[1:-1] for needle in needles(tokenizer, self.context, depth, 1, seed=1)]
+        return [Question(n.prompt, tokenizer.encode(f" {n.answer}", add_special_tokens=False)) for n in found]
+
     def reached_by(self, engine: Engine, progress: Progress) -> float:
         """The accuracy of an engine. Raises ``FallowError`` where the task cannot be run or has none."""
-        if self.task == NEEDLE and not Path(NEEDLE).exists():
+        if self._is_needle:
             return self._found_by(engine, progress)
         try:
             from fallow.evaluate.tasks import HarnessModel, Writing, accuracy, run_task  # noqa: PLC0415

@@ -18,9 +18,12 @@ from fallow.sparsification.partial_reads import partial_times
 from fallow.sparsification.removal_choices import Part, RemovalChoices
 from fallow.sparsification.removal_prices import removal_errors
 from fallow.sparsification.sensitivity import sensitivities
+from fallow.sparsification.text import Question
 from fallow.sparsification.weight_choices import WeightChoices
 from fallow.sparsification.weight_prices import weight_errors
 from fallow.terminal import Progress
+
+_ANSWERED = 0.2  # the share of the tokens that are answers, where there are questions
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,19 @@ class Kinds:
     def __bool__(self) -> bool:
         return bool(self.pages or self.in_parts or self.removed)
 
-    def priced(self, decoder: Decoder, windows: Sequence[Sequence[int]], progress: Progress) -> tuple[Choices, ...]:
+    def priced(
+        self, decoder: Decoder, windows: Sequence[Sequence[int]], questions: Sequence[Question], progress: Progress
+    ) -> tuple[Choices, ...]:
+        """Prices are nats a token of ``windows``; those of pages where some of what is read are the answers to
+        ``questions``, as few tokens of a text need what stands far back."""
         weighed = sensitivities(decoder, windows, torch.Generator().manual_seed(0)).numpy()
         kinds: list[Choices] = []
         if self.pages:
-            nats = page_errors(decoder, windows, progress=progress).numpy() * weighed[:-1, None, None]
+            nats = page_errors(decoder, windows, progress=progress).numpy()
+            if questions:
+                tokens, answers = [q.tokens for q in questions], [torch.tensor(q.answers) for q in questions]
+                nats += _ANSWERED * (page_errors(decoder, tokens, answers, progress=progress).numpy() - nats)
+            nats *= weighed[:-1, None, None]
             kinds.append(PageChoices.of(self.checkpoint.config, self.load, nats))
         of_attention: list[LayerChoices] = []
         of_networks: list[LayerChoices] = []

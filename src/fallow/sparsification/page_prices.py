@@ -23,44 +23,42 @@ SINK_PAGES, RECENT_PAGES = 1, 4
 def page_errors(
     decoder: Decoder,
     windows: Sequence[Sequence[int]],
+    queries: Sequence[Tensor] | None = None,
     *,
     progress: Callable[[str, int, int | None], None] = lambda what, done, total: None,
 ) -> Tensor:
     """The square of the relative error of the residual stream after attention where one KV head reads so many pages
     and all else is dense, float64 ``[layers, kv_heads, len(COUNTS)]``; zero in layers with a window of their own.
 
-    The mean over queries in the second half of each window.
+    The mean over the positions ``queries`` of each window, int64 ``[n]``; None: some in its second half.
     """
+    queries = queries or [late_tokens(len(window)) for window in windows]
     config = decoder.config
     errors = torch.zeros(config.num_hidden_layers, config.num_key_value_heads, len(COUNTS), dtype=torch.float64)
     done = 0
 
-    def look(index: int, layer: Layer, arguments: tuple[Any, ...]) -> None:
+    def look(index: int, at: Tensor, layer: Layer, arguments: tuple[Any, ...]) -> None:
         nonlocal done
         x, tokens, rope, _ = arguments
         if config.layer_windows[index] is None:
-            errors[index] += _layer_errors(layer, x, tokens, rope)
+            errors[index] += _layer_errors(layer, x, tokens, rope, at)
         done += 1
         progress("pricing pages", done, len(decoder.layers) * len(windows))
 
-    hooks = []
-    for index, layer in enumerate(decoder.layers):
-        assert isinstance(layer, Layer)
-        hooks.append(layer.register_forward_pre_hook(partial(look, index)))
-    try:
-        for window in windows:
+    for window, at in zip(windows, queries, strict=True):
+        hooks = [layer.register_forward_pre_hook(partial(look, i, at)) for i, layer in enumerate(decoder.layers)]
+        try:
             decoder(torch.tensor([list(window)]))
-    finally:
-        for handle in hooks:
-            handle.remove()
+        finally:
+            for handle in hooks:
+                handle.remove()
     return errors / len(windows)
 
 
-def _layer_errors(layer: Layer, x: Tensor, tokens: Tensor, rope: Rope) -> Tensor:
+def _layer_errors(layer: Layer, x: Tensor, tokens: Tensor, rope: Rope, queries: Tensor) -> Tensor:
     """``[kv_heads, len(COUNTS)]`` of one layer; ``x [1, tokens, hidden]``."""
     q, k, v = layer.queries_keys_values(layer.attention_norm(x), tokens, rope)
-    count, kv_heads = k.shape[2], k.shape[1]
-    queries = late_tokens(count)
+    kv_heads = k.shape[1]
     q = q[:, :, queries]
     masses, always = page_masses(q, k, queries, (SINK_PAGES, RECENT_PAGES), layer.attention_scale)
     heads = [

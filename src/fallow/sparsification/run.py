@@ -35,7 +35,7 @@ from fallow.sparsification.page_choices import PageChoices
 from fallow.sparsification.picture import PICTURES, draw
 from fallow.sparsification.removal_choices import can_be_removed
 from fallow.sparsification.search import Menu, Point, Search, fastest
-from fallow.sparsification.text import Windows, cut, texts_of, written_by, written_to_heal
+from fallow.sparsification.text import Question, Windows, cut, texts_of, written_by, written_to_heal
 from fallow.sparsification.vocabulary import OWN_TEXTS, fit_screen, head_rules, screens_head, spared_bytes
 from fallow.sparsification.weight_choices import groups_in_parts
 from fallow.terminal import Progress
@@ -98,8 +98,9 @@ def sparsify(
     ``heal`` the weights are tuned under a plan that costs more, by so many tokens, and what they bear then is searched;
     all is relative to the model as it was. The folder ``out`` with ``.healing`` after its name holds what it takes
     meanwhile, so that a killed call goes on. With ``task``, a task of lm-eval, its file, or ``needle``, a plan must
-    also reach an accuracy of ``floor`` (0 to 1) in its first ``limit`` questions, or documents at each depth. With
-    ``remove`` heads and neurons may be taken out for good. Raises ``FallowError``.
+    also reach an accuracy of ``floor`` (0 to 1) in its first ``limit`` questions, or documents at each depth; needles
+    in other documents price pages too. With ``remove`` heads and neurons may be taken out for good. Raises
+    ``FallowError``.
     """
     folder = Path(out)
     if folder.exists():
@@ -135,12 +136,15 @@ def sparsify(
         "budget": f"{budget:.4g}",
         "load": f"batch {batch}, context {context}",
         "weights": _digest(checkpoint),
+        **({"floor": f"{wanted.accuracy:.4g} of {Path(wanted.task).name}"} if wanted else {}),
         **({"removed": "heads and neurons may be"} if remove else {}),
     }
     healing = None if heal is None else Healing.beside(folder, path, heal, context, provenance)
     judge = Judge(checkpoint, checkpoint, None, (), load, precision, threads, progress)
+    questions: Sequence[Question] = ()
     if wanted is not None:
         _check_floor(judge, wanted, on_note)
+        questions = wanted.questions(load_tokenizer(path))
     if text is None or screens:
         on_note("The model writes text that it is calibrated on.")
         with Engine(path, precision=precision, threads=threads, plan=SparsityPlan.dense()) as engine:
@@ -149,7 +153,7 @@ def sparsify(
     head = head_rules() if screens else None
     start = replace(beside, attention=None, structure=None, head=head, provenance=provenance)
     decoder = _decoder(checkpoint, context)
-    choices = kinds.priced(decoder, windows.calibrated, progress)
+    choices = kinds.priced(decoder, windows.calibrated, questions, progress)
     head_screen = fit_screen(decoder, checkpoint, [*windows.calibrated, *own_texts]) if screens else None
     del decoder
     keys_and_values = sum(kind.bytes for kind in choices if isinstance(kind, PageChoices))

@@ -16,6 +16,23 @@ _AT_ONCE = 8  # texts that the model writes to be healed with
 
 
 @dataclass(frozen=True)
+class Question:
+    """Token ids of a prompt and of the answer to it."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.answer
+
+    @property
+    def answers(self) -> range:
+        """The positions whose next token belongs to the answer."""
+        return range(len(self.prompt) - 1, len(self.prompt) + len(self.answer) - 1)
+
+
+@dataclass(frozen=True)
 class Windows:
     """Token ids of ``context`` each: ``calibrated`` prices what may rest, ``verified`` are kept from it. ``before`` is
     all that stands before what is verified, in one piece; empty where the model has written the windows."""
