@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fallow.bench.environment import PeerError
+from fallow.bench.loads import load_named
 from fallow.bench.ours import our_variants
 from fallow.bench.peers.base import Variant
 from fallow.bench.pool import WorkerPool, start_worker
@@ -107,6 +108,16 @@ def test_a_worker_measures_is_stopped_between_and_ends(variant: Variant, tmp_pat
     assert state(pid) is None
 
 
+def test_all_prompts_are_read_long_before_the_first_sequence_ends(smollm2_gguf: Path, tmp_path: Path) -> None:
+    load = load_named("decode:4:2048")
+    variant = our_variants(smollm2_gguf, ["auto"])[0]
+    limits = {"max_batch": 4, "max_context": load.context + load.tokens, "max_positions": load.positions}
+    with WorkerPool(tmp_path, threads=2, **limits) as pool:
+        answer = pool.ask(variant, {**MEASURE, "batch": 4, "context": load.context, "tokens": load.tokens})
+    assert answer["tokens"] >= 4 * 31
+    assert load_named("decode:1:2048").tokens == 32
+
+
 def state(pid: int) -> str | None:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -118,7 +129,7 @@ def test_a_worker_that_dies_is_reported_and_started_anew(variant: Variant, tmp_p
     with WorkerPool(tmp_path, **LIMITS) as pool:
         assert pool.ask(variant, MEASURE)["tokens_per_s"] > 0
         os.kill(pool.pids[variant.name], signal.SIGKILL)
-        with pytest.raises(PeerError, match="fallow auto ended"):
+        with pytest.raises(PeerError, match=r"fallow auto was ended by signal 9"):
             pool.ask(variant, MEASURE)
         assert pool.ask(variant, MEASURE)["tokens_per_s"] > 0
         (pid,) = pool.pids.values()

@@ -54,6 +54,7 @@ FULL: tuple[Load, ...] = (
 QUICK = tuple(load for load in FULL if load.context <= 512 and load.batch in (1, 8))
 MEMORY = FULL[1]
 KINDS = ("prefill", "decode")
+_PIECE = 256  # tokens of a prompt that an engine reads in one step, or more
 _MOST_SEQUENCES, _MOST_TOKENS = 1024, 1 << 20
 
 
@@ -91,4 +92,5 @@ def load_named(text: str) -> Load:
         raise ValueError(f"{text!r} is too large a load: at most {_MOST_SEQUENCES} prompts of {_MOST_TOKENS:,} tokens")
     if kind == "prefill":
         return Load("prefill", batch, context, 1)
-    return Load("decode", batch, context, 32 if context > 512 else 48)
+    while_others_are_read = (batch - 1) * -(-context // _PIECE)  # an engine that decodes beside prompts gives these
+    return Load("decode", batch, context, (32 if context > 512 else 48) + while_others_are_read)

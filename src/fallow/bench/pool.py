@@ -26,6 +26,7 @@ from fallow.engine.memory import available_bytes
 _LAUNCH = Path(__file__).with_name("launch.py")
 _LOAD_SECONDS = 1800.0
 _ANSWER_SECONDS = 1800.0
+_ENDING_SECONDS = 10.0
 _MAX_ANSWER_BYTES = 1 << 20
 _MODEL_COPIES = 4  # memory that a worker is expected to take, in sizes of its model: weights, their packed form, cache
 _WORKER_BYTES = 2 << 30  # and beside the model: libraries, compilation, a KV cache
@@ -88,7 +89,7 @@ class WorkerProcess:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
-            raise self._failure("ended") from None
+            raise self._failure(self._ending()) from None
         while True:
             answer = self._line(time.monotonic() + seconds)  # who tells of progress has more time
             if "progress" not in answer:
@@ -108,8 +109,10 @@ class WorkerProcess:
                 if not selector.select(max(deadline - time.monotonic(), 0)):
                     raise self._failure("did not answer in time")
                 piece = os.read(self._process.stdout.fileno(), 65536)
-                if not piece or len(self._buffer) > _MAX_ANSWER_BYTES:
-                    raise self._failure("ended without an answer")
+                if not piece:
+                    raise self._failure(self._ending())
+                if len(self._buffer) > _MAX_ANSWER_BYTES:
+                    raise self._failure(f"answered more than {_MAX_ANSWER_BYTES:,} bytes")
                 self._buffer += piece
         line, _, self._buffer = self._buffer.partition(b"\n")
         try:
@@ -119,6 +122,14 @@ class WorkerProcess:
         if not isinstance(answer, dict):
             raise self._failure("answered something that is not an object")
         return answer
+
+    def _ending(self) -> str:
+        """How the process ended, which has closed its side."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(_ENDING_SECONDS)
+            if code < 0:  # an instruction that the processor does not have, say
+                return f"was ended by signal {-code} ({signal.strsignal(-code)})"
+        return "ended without an answer"
 
     def _failure(self, what: str) -> PeerError:
         return PeerError(f"The worker of {self.variant.name} {what}: {last_line(self._log)}.")
