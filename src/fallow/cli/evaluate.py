@@ -12,7 +12,7 @@ import typer
 
 from fallow.cli.options import Dense, Json, Model, Precision, Threads, fetch, plan_of
 from fallow.errors import FallowError
-from fallow.evaluate import NEEDLE, TRIALS
+from fallow.evaluate import NEEDLE, TRIALS, is_needle
 from fallow.files import decoded
 from fallow.terminal import print_fields, print_json, print_table, progress, spinner
 
@@ -42,7 +42,7 @@ def evaluate(
 ) -> None:
     """Perplexity of MODEL on TEXT and, where it has a plan, how far that takes it from the dense model; or how often
     it finds a needle, or solves a TASK."""
-    if text == NEEDLE and not Path(text).exists():
+    if is_needle(text):
         _find_needles(model, context, trials, dense, precision, threads, json)
     elif text.endswith((".yaml", ".yml")) or (text != "-" and "." not in text and not Path(text).exists()):
         _solve(model, text, limit, shots, dense, precision, threads, json)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from fallow.engine.engine import Engine
 from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError
-from fallow.evaluate import NEEDLE, TRIALS
+from fallow.evaluate import TRIALS, is_needle
 from fallow.evaluate.needle import DEPTHS, find_needles, needles
 from fallow.models.tokenizer import Tokenizer
 from fallow.sparsification.text import Question
@@ -18,29 +17,25 @@ from fallow.terminal import Progress
 @dataclass(frozen=True)
 class Floor:
     """``accuracy`` (0 to 1) in ``task``, a name that lm-eval knows or a task file of its, by its first ``limit``
-    questions; or, where it is ``NEEDLE``, in documents of ``context`` tokens, ``limit`` of them at each depth."""
+    questions; or, where it ``is_needle``, in documents of ``context`` tokens, ``limit`` of them at each depth."""
 
     task: str
     accuracy: float
     context: int
     limit: int | None = None
 
-    @property
-    def _is_needle(self) -> bool:
-        return self.task == NEEDLE and not Path(NEEDLE).exists()
-
     def questions(self, tokenizer: Tokenizer) -> list[Question]:
         """With answers, like those of the task but other ones, that tell what must be read far back: needles, one at
         each depth but the ends, which are always read. None for other tasks. Raises ``FallowError`` where the context
         is too short."""
-        if not self._is_needle:
+        if not is_needle(self.task):
             return []
         found = [needle for depth in DEPTHS[1:-1] for needle in needles(tokenizer, self.context, depth, 1, seed=1)]
         return [Question(n.prompt, tokenizer.encode(f" {n.answer}", add_special_tokens=False)) for n in found]
 
     def reached_by(self, engine: Engine, progress: Progress) -> float:
         """The accuracy of an engine. Raises ``FallowError`` where the task cannot be run or has none."""
-        if self._is_needle:
+        if is_needle(self.task):
             return self._found_by(engine, progress)
         try:
             from fallow.evaluate.tasks import HarnessModel, Writing, accuracy, run_task  # noqa: PLC0415

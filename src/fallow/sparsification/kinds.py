@@ -23,7 +23,7 @@ from fallow.sparsification.weight_choices import WeightChoices
 from fallow.sparsification.weight_prices import weight_errors
 from fallow.terminal import Progress
 
-_ANSWERED = 0.2  # the share of the tokens that are answers, where there are questions
+_ANSWERED = 0.2
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Kinds:
     def priced(
         self, decoder: Decoder, windows: Sequence[Sequence[int]], questions: Sequence[Question], progress: Progress
     ) -> tuple[Choices, ...]:
-        """Prices are nats a token of ``windows``; those of pages where some of what is read are the answers to
-        ``questions``, as few tokens of a text need what stands far back."""
+        """What there is to choose, at prices in nats a token of ``windows``. The share ``_ANSWERED`` of the price of
+        pages is that of the answers to ``questions``, if any: few tokens of a text need what stands far back."""
         weighed = sensitivities(decoder, windows, torch.Generator().manual_seed(0)).numpy()
         kinds: list[Choices] = []
         if self.pages:

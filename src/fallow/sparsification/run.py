@@ -35,7 +35,7 @@ from fallow.sparsification.page_choices import PageChoices
 from fallow.sparsification.picture import PICTURES, draw
 from fallow.sparsification.removal_choices import can_be_removed
 from fallow.sparsification.search import Menu, Point, Search, fastest
-from fallow.sparsification.text import Question, Windows, cut, texts_of, written_by, written_to_heal
+from fallow.sparsification.text import Windows, cut, texts_of, written_by, written_to_heal
 from fallow.sparsification.vocabulary import OWN_TEXTS, fit_screen, head_rules, screens_head, spared_bytes
 from fallow.sparsification.weight_choices import groups_in_parts
 from fallow.terminal import Progress
@@ -141,10 +141,9 @@ def sparsify(
     }
     healing = None if heal is None else Healing.beside(folder, path, heal, context, provenance)
     judge = Judge(checkpoint, checkpoint, None, (), load, precision, threads, progress)
-    questions: Sequence[Question] = ()
     if wanted is not None:
         _check_floor(judge, wanted, on_note)
-        questions = wanted.questions(load_tokenizer(path))
+    questions = wanted.questions(load_tokenizer(path)) if wanted else []
     if text is None or screens:
         on_note("The model writes text that it is calibrated on.")
         with Engine(path, precision=precision, threads=threads, plan=SparsityPlan.dense()) as engine:
