@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -108,6 +109,19 @@ def test_tables_show_every_engine_every_load_and_what_was_left_out(width: int) -
             "vllm bf16",
         ):
             assert word in text
+
+
+def test_a_speed_of_sequences_that_ran_apart_is_marked() -> None:
+    found = result()
+    shown = {}
+    for together in (True, False):
+        found.runs[0] = replace(found.runs[0], tokens_per_s=123.0, details={} if together else {"together": False})
+        out = io.StringIO()
+        print_bench(found, Console(file=out, width=120))
+        shown[together] = " ".join(out.getvalue().split())
+    assert "123*" in shown[False]
+    assert "hardly ran at once" in shown[False]
+    assert "*" not in shown[True]
 
 
 def test_a_result_without_runs_is_shown_too() -> None:

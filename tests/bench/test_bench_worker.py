@@ -60,8 +60,11 @@ def test_lags_between_the_sequences_of_one_step_cancel() -> None:
 
 
 def test_sequences_that_hardly_run_together_are_measured_over_the_whole_run() -> None:
-    assert timeline([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]]).decode()["tokens_per_s"] == pytest.approx(1.0)
-    assert timeline([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).decode()["tokens_per_s"] == pytest.approx(0.8)
+    for second, speed in (([3.0, 4.0, 5.0], 1.0), ([4.0, 5.0, 6.0], 0.8)):
+        found = timeline([[1.0, 2.0, 3.0], second]).decode()
+        assert found["tokens_per_s"] == pytest.approx(speed)
+        assert found["together"] is False
+    assert timeline([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]]).decode()["together"] is True
 
 
 def test_prefill_ends_with_the_last_of_the_first_tokens() -> None:

@@ -15,7 +15,8 @@ class Run:
     """One engine at one load. ``tokens_per_s`` counts prompt tokens for ``prefill``, new tokens of the whole batch for
     ``decode``, and new tokens within the latency objective for ``trace``. ``None`` where it was not measured.
 
-    ``spread`` is (largest - smallest) / median of the repetitions' speeds.
+    ``spread`` is (largest - smallest) / median of the repetitions' speeds. ``details`` of a trace has its replays;
+    of ``decode`` ``together`` is false where sequences hardly ran at once: then the speed is that of the whole run.
     """
 
     engine: str
@@ -32,6 +33,11 @@ class Run:
     repetitions: int = 1
     spread: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the speed is that of the whole run, prompts among it."""
+        return self.details.get("together") is False
 
 
 @dataclass(frozen=True)

@@ -289,4 +289,5 @@ def _run(variant: Variant, load: Load, answers: list[dict[str, Any]], peak: int 
         usd_per_million_output_tokens=usd_per_million_tokens(speed, usd_per_hour) if load.kind == "decode" else None,
         repetitions=len(answers),
         spread=(max(speeds) - min(speeds)) / speed,
+        details={} if all(answer.get("together", True) for answer in answers) else {"together": False},
     )

@@ -56,10 +56,12 @@ def _heading(result: BenchResult) -> Text:
 
 
 def _footnote(result: BenchResult) -> str:
+    is_apart = any(run.is_apart for run in result.runs)
+    apart = " * Sequences hardly ran at once: of the whole run, prompts among it." if is_apart else ""
     texts = dict.fromkeys(f" Perplexity of {q.text}, {q.tokens:,} tokens." for q in result.quality)
     return (
         f"Tokens per second over the whole batch. $ at {result.usd_per_hour:.4g} an hour ({result.price_source}). "
-        f"Energy: {result.energy_method}." + "".join(texts)
+        f"Energy: {result.energy_method}.{apart}" + "".join(texts)
     )
 
 
@@ -75,7 +77,7 @@ def _speed(result: BenchResult, engines: list[tuple[str, str]]) -> Table:
         cells = []
         for key in keys:
             run = runs.get((engine, precision, *key))
-            cells.append(_number(run.tokens_per_s) if run else "")
+            cells.append(_number(run.tokens_per_s) + "*" * run.is_apart if run else "")
         table.add_row(f"{engine} {precision}", *cells, style="bold" if engine == OURS else None)
     ratios = {(ratio.load, ratio.batch, ratio.context): ratio for ratio in result.ratios}
     if ratios:

@@ -92,11 +92,13 @@ class Timeline:
 
         The sum over the sequences of the arrivals in the region less one, over the time between the first and the last
         of them: the small lags between sequences of one step then cancel. Where the sequences hardly ran together (a
-        model so small that one ends before the next has begun) it is that of the whole run instead.
+        model so small that one ends before the next has begun) it is that of the whole run instead, prompts among it,
+        and ``together`` is false.
         """
         begin, end = max(a[0] for a in self.arrivals), min(a[-1] for a in self.arrivals)
         inside = [[at for at in arrivals if begin <= at <= end] for arrivals in self.arrivals]
-        if all(len(times) >= 2 for times in inside):
+        together = all(len(times) >= 2 for times in inside)
+        if together:
             rate = sum((len(times) - 1) / (times[-1] - times[0]) for times in inside)
         else:
             whole = max(a[-1] for a in self.arrivals) - min(a[0] for a in self.arrivals)
@@ -105,7 +107,8 @@ class Timeline:
         tokens = sum(before.at < at <= after.at for arrivals in self.arrivals for at in arrivals)
         first = sorted(arrivals[0] for arrivals in self.arrivals)
         used = self._meter.between(before, after)
-        return {"tokens_per_s": rate, "ttft_s": first[len(first) // 2] - self.began.at, **_used(used, tokens)}
+        ttft = first[len(first) // 2] - self.began.at
+        return {"tokens_per_s": rate, "ttft_s": ttft, "together": together, **_used(used, tokens)}
 
 
 def _used(used: Measurement, tokens: int) -> dict[str, float]:
