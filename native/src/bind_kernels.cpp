@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "kernels.h"
+#include "pool.h"
 #include "sample.h"
 
 namespace nb = nanobind;
@@ -34,7 +35,8 @@ NumpyFloats linear(const std::string& isa, const std::vector<WeightSource>& sour
                    const std::string& precision, const std::string& epilogue, const Matrix& initial, const std::string& layout,
                    const std::optional<Matrix>& gates, const std::string& activation, float threshold) {
   const Kernels& kernels = kernels_of(isa);
-  const PackedLinear w = pack_sources(sources, static_cast<int>(x.shape(1)), interleave, asymmetric, precision, layout);
+  ThreadPool alone(1);
+  const PackedLinear w = pack_sources(alone, sources, static_cast<int>(x.shape(1)), interleave, asymmetric, precision, layout);
   const ActivationFormat format = ActivationFormat::of(w);
   const Epilogue e = epilogue_of(epilogue);
   const size_t columns = is_gate(e) ? w.out_features / 2 : w.out_features;
@@ -293,13 +295,15 @@ void bind_kernels(nb::module_& m) {
   m.def(
       "unpack",
       [](const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision,
-         const std::string& layout) {
-        const PackedLinear w = pack_sources(sources, in_features, interleave, asymmetric, precision, layout);
+         const std::string& layout, int threads) {
+        ThreadPool pool(threads);
+        const PackedLinear w = pack_sources(pool, sources, in_features, interleave, asymmetric, precision, layout);
         std::vector<float> values(static_cast<size_t>(w.out_features) * in_features);
         for (int t = 0; t < w.out_features; ++t) unpack_row(w, t, values.data() + static_cast<size_t>(t) * in_features);
         return owned<float>(std::move(values), {static_cast<size_t>(w.out_features), static_cast<size_t>(in_features)});
       },
-      "sources"_a, "in_features"_a, nb::kw_only(), "interleave"_a = false, "asymmetric"_a = false, "precision"_a = "own", "layout"_a = "tiles");
+      "sources"_a, "in_features"_a, nb::kw_only(), "interleave"_a = false, "asymmetric"_a = false, "precision"_a = "own", "layout"_a = "tiles",
+      "threads"_a = 1);
 }
 
 }  // namespace fallow

@@ -32,8 +32,8 @@ nanobind::ndarray<nanobind::numpy, T> owned(std::vector<T> values, std::vector<s
 }
 
 // Releases the interpreter lock while it packs.
-PackedLinear pack_sources(const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision,
-                          const std::string& layout = "tiles");
+PackedLinear pack_sources(ThreadPool& pool, const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric,
+                          const std::string& precision, const std::string& layout = "tiles");
 PackedNeurons pack_neuron_sources(const std::optional<WeightSource>& up, const WeightSource& down, int count, const std::string& precision,
                                   const std::optional<WeightSource>& gate);
 Epilogue epilogue_of(const std::string& name);

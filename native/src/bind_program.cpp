@@ -136,7 +136,7 @@ void bind_program(nb::module_& m) {
       .def(
           "weights",
           [](Program& p, const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision,
-             const std::string& layout) { return p.add_weights(pack_sources(sources, in_features, interleave, asymmetric, precision, layout)); },
+             const std::string& layout) { return p.add_weights(pack_sources(p.pool(), sources, in_features, interleave, asymmetric, precision, layout)); },
           "sources"_a, "in_features"_a, nb::kw_only(), "interleave"_a = false, "asymmetric"_a = false, "precision"_a = "own", "layout"_a = "tiles")
       .def(
           "neuron_weights",

@@ -24,14 +24,14 @@ Layout layout_of(const std::string& name) {
 
 }  // namespace
 
-PackedLinear pack_sources(const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric, const std::string& precision,
-                          const std::string& layout) {
+PackedLinear pack_sources(ThreadPool& pool, const std::vector<WeightSource>& sources, int in_features, bool interleave, bool asymmetric,
+                          const std::string& precision, const std::string& layout) {
   std::vector<RowSource> rows;
   for (const auto& source : sources) {
     rows.push_back(source_of(source));
   }
   const nb::gil_scoped_release release;
-  return pack_linear(rows, in_features, {interleave, asymmetric, precision, layout_of(layout)});
+  return pack_linear(rows, in_features, {interleave, asymmetric, precision, layout_of(layout)}, pool);
 }
 
 PackedNeurons pack_neuron_sources(const std::optional<WeightSource>& up, const WeightSource& down, int count, const std::string& precision,

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "bits.h"
+#include "pool.h"
 
 namespace fallow {
 namespace {
@@ -66,6 +67,10 @@ void k_scale_min(const uint8_t* s, int j, int& scale, int& minimum) {
 // Formats: GGUF block layouts as documented by the gguf format; see the dequantisation reference in Python.
 void code_row(const Storage& s, const uint8_t* p, int n, CodedRow& row) {
   const std::string name = s.name;
+  const bool four = name == "Q4_0" || name == "Q4_1";
+  const bool five = name == "Q5_0" || name == "Q5_1";
+  const bool eight = name == "Q8_0";
+  const bool k_four_or_five = name == "Q4_K" || name == "Q5_K";
   row.codes.assign(n, 0);
   const int groups = n / s.group;
   row.scales.assign(groups, 0.f);
@@ -74,7 +79,7 @@ void code_row(const Storage& s, const uint8_t* p, int n, CodedRow& row) {
     uint8_t* c = row.codes.data() + b * s.block;
     float* scale = row.scales.data() + b * s.block / s.group;
     float* offset = row.offsets.data() + b * s.block / s.group;
-    if (name == "Q4_0" || name == "Q4_1") {
+    if (four) {
       const uint8_t* q = p + s.bytes - 16;
       for (int i = 0; i < 16; ++i) {
         c[i] = q[i] & 15;
@@ -82,7 +87,7 @@ void code_row(const Storage& s, const uint8_t* p, int n, CodedRow& row) {
       }
       scale[0] = f16_to_float(read16(p));
       if (s.offsets) offset[0] = f16_to_float(read16(p + 2)) + 8.f * scale[0];
-    } else if (name == "Q5_0" || name == "Q5_1") {
+    } else if (five) {
       const uint8_t* q = p + s.bytes - 16;
       const uint32_t high = read32(q - 4);
       for (int i = 0; i < 16; ++i) {
@@ -91,16 +96,16 @@ void code_row(const Storage& s, const uint8_t* p, int n, CodedRow& row) {
       }
       scale[0] = f16_to_float(read16(p));
       if (s.offsets) offset[0] = f16_to_float(read16(p + 2)) + 16.f * scale[0];
-    } else if (name == "Q8_0") {
+    } else if (eight) {
       for (int i = 0; i < 32; ++i) c[i] = static_cast<uint8_t>(p[2 + i] + 128);
       scale[0] = f16_to_float(read16(p));
-    } else if (name == "Q4_K" || name == "Q5_K") {
+    } else if (k_four_or_five) {
       const float d = f16_to_float(read16(p));
       const float dmin = f16_to_float(read16(p + 2));
-      const bool five = name == "Q5_K";
+      const bool has_fifth = s.codes == Codes::q8;
       const uint8_t* high = p + 16;
-      const uint8_t* q = p + 16 + (five ? 32 : 0);
-      const int centre = five ? 16 : 8;
+      const uint8_t* q = p + 16 + (has_fifth ? 32 : 0);
+      const int centre = has_fifth ? 16 : 8;
       for (int j = 0; j < 8; ++j) {
         int sc = 0;
         int mn = 0;
@@ -110,7 +115,7 @@ void code_row(const Storage& s, const uint8_t* p, int n, CodedRow& row) {
         for (int i = 0; i < 32; ++i) {
           const uint8_t byte = q[(j / 2) * 32 + i];
           int code = (j % 2 == 0) ? (byte & 15) : (byte >> 4);
-          if (five) code += ((high[i] >> j) & 1) * 16 + 112;
+          if (has_fifth) code += ((high[i] >> j) & 1) * 16 + 112;
           c[j * 32 + i] = static_cast<uint8_t>(code);
         }
       }
@@ -205,18 +210,25 @@ struct Place {
     if (w.codes == Codes::q8) return *quad_byte(k);
     return is_high(k) ? *byte(k) >> 4 : *byte(k) & 15;
   }
-  void put_code(int k, uint8_t code) const {
+  void put_codes(const uint8_t* codes) const {
     if (w.codes == Codes::q8) {
-      *quad_byte(k) = code;
+      for (int k = 0; k < w.in_features; k += 4) std::memcpy(quad_byte(k), codes + k, 4);
+    } else if (w.layout == Layout::columns) {
+      uint8_t* out = byte(0);
+      const int shift = is_high(0) ? 4 : 0;
+      for (int k = 0; k < w.in_features; ++k, out += 64) *out = static_cast<uint8_t>(*out | codes[k] << shift);  // memory comes zeroed
     } else {
-      *byte(k) = static_cast<uint8_t>(*byte(k) | (is_high(k) ? code << 4 : code));  // memory comes zeroed
+      for (int k = 0; k < w.in_features; k += k % 32 == 12 ? 20 : 4) {
+        uint8_t* out = byte(k);
+        for (int i = 0; i < 4; ++i) out[i] = static_cast<uint8_t>(codes[k + i] | codes[k + 16 + i] << 4);
+      }
     }
   }
 };
 
 void put_row(const PackedLinear& w, int row, const CodedRow& coded) {
   const Place place(w, row);
-  for (int k = 0; k < w.in_features; ++k) place.put_code(k, coded.codes[k]);
+  place.put_codes(coded.codes.data());
   for (int g = 0; g < w.groups; ++g) {
     if (w.scales == Scales::f32) place.f32_scale(g) = coded.scales[g];
     float sum = 0.f;
@@ -324,7 +336,46 @@ std::vector<float> values_of(const RowSource& source, int in_features) {
   return values;
 }
 
-PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features, const PackOptions& options) {
+namespace {
+
+// Rows [begin, end) of the packed weights out of their sources.
+void pack_rows(const PackedLinear& w, const std::vector<RowSource>& sources, const PackOptions& options, int begin, int end) {
+  CodedRow coded;
+  std::vector<float> values;
+  size_t n = 0;
+  int base = 0;
+  for (int row = begin; row < end; ++row) {
+    int r = row - base;
+    if (options.interleave) {
+      n = row / lanes % 2;
+      r = row / lanes / 2 * lanes + row % lanes;
+    }
+    for (; !options.interleave && r >= sources[n].rows; r = row - base) base += sources[n++].rows;
+    const Storage& from = storage_of(sources[n].type);
+    const uint8_t* p = sources[n].data + static_cast<size_t>(r) * (w.in_features / from.block) * from.bytes;
+    if (w.codes == Codes::bf16) {
+      decode_row(from, p, w.in_features, coded, values);
+      const int lane = row % lanes;
+      auto* out = reinterpret_cast<uint16_t*>(w.tile(row / lanes));
+      const bool is_kept = from.name == std::string("BF16");
+      for (int k = 0; k < w.in_features; ++k) {
+        out[(static_cast<size_t>(k / 2) * lanes + lane) * 2 + k % 2] = is_kept ? read16(p + 2 * static_cast<size_t>(k)) : float_to_bf16(values[k]);
+      }
+    } else if (options.precision == "q8") {
+      decode_row(from, p, w.in_features, coded, values);
+      code_row_q8(values.data(), w.in_features, w.group, coded);
+      put_row(w, row, coded);
+    } else {
+      code_row(from, p, w.in_features, coded);
+      put_row(w, row, coded);
+      if (w.scales == Scales::f16) put_f16_scales(w, row, from, p);
+    }
+  }
+}
+
+}  // namespace
+
+PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features, const PackOptions& options, ThreadPool& pool) {
   if (sources.empty() || in_features <= 0) throw std::invalid_argument("a linear layer needs rows and columns");
   const Storage& s = storage_of(sources[0].type);
   const bool own = options.precision == "own";
@@ -348,36 +399,22 @@ PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features,
     throw std::invalid_argument("only 4-bit weights that are not interleaved can lie by rows or columns");
   }
   PackedLinear w = layout(s, rows, in_features, options);
-  CodedRow coded;
-  std::vector<float> values;
-  int base = 0;
-  for (size_t n = 0; n < sources.size(); ++n) {
-    const RowSource& source = sources[n];
-    const Storage& from = storage_of(source.type);
-    const size_t row_bytes = static_cast<size_t>(in_features) / from.block * from.bytes;
-    for (int r = 0; r < source.rows; ++r) {
-      const uint8_t* p = source.data + r * row_bytes;
-      const int row = options.interleave ? (r / lanes * 2 + static_cast<int>(n)) * lanes + r % lanes : base + r;
-      if (w.codes == Codes::bf16) {
-        decode_row(from, p, in_features, coded, values);
-        const int lane = row % lanes;
-        auto* out = reinterpret_cast<uint16_t*>(w.tile(row / lanes));
-        for (int k = 0; k < in_features; ++k) {
-          out[(static_cast<size_t>(k / 2) * lanes + lane) * 2 + k % 2] =
-              from.name == std::string("BF16") ? read16(p + 2 * static_cast<size_t>(k)) : float_to_bf16(values[k]);
-        }
-      } else if (options.precision == "q8") {
-        decode_row(from, p, in_features, coded, values);
-        code_row_q8(values.data(), in_features, w.group, coded);
-        put_row(w, row, coded);
-      } else {
-        code_row(from, p, in_features, coded);
-        put_row(w, row, coded);
-        if (w.scales == Scales::f16) put_f16_scales(w, row, from, p);
-      }
-    }
-    base += source.rows;
-  }
+  struct Task {
+    const PackedLinear& w;
+    const std::vector<RowSource>& sources;
+    const PackOptions& options;
+    ThreadPool& pool;
+  } task{w, sources, options, pool};
+  // By blocks of columns: rows of one share bytes.
+  pool.run(
+      [](void* context, int thread) {
+        const Task& t = *static_cast<Task*>(context);
+        constexpr int block = block_tiles * lanes;
+        const int blocks = (t.w.out_features + block - 1) / block;
+        const auto first_of = [&](int n) { return std::min(blocks * n / t.pool.size() * block, t.w.out_features); };
+        pack_rows(t.w, t.sources, t.options, first_of(thread), first_of(thread + 1));
+      },
+      &task);
   return w;
 }
 

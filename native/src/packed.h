@@ -27,6 +27,8 @@
 
 namespace fallow {
 
+class ThreadPool;
+
 enum class Codes : int { q4 = 4, q8 = 8, bf16 = 16 };
 enum class Layout : int { tiles = 0, rows = 1, columns = 2 };
 enum class Scales : int { none = 0, f16 = 1, f32 = 2 };
@@ -105,7 +107,7 @@ void code_row_q8(const float* values, int n, int group, CodedRow& row);
 std::vector<float> values_of(const RowSource& source, int in_features);
 
 // Packs the sources, one below the other. Throws std::invalid_argument on a type, shape or size that does not fit.
-PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features, const PackOptions& options);
+PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features, const PackOptions& options, ThreadPool& pool);
 
 // Row `row` as the kernels see it, float32 [in_features].
 void unpack_row(const PackedLinear& w, int row, float* out);

@@ -25,6 +25,23 @@ def test_another_layout_holds_the_same_weights(kind: str, layout: str, asymmetri
     np.testing.assert_allclose(other, reference_weights(source), atol=2.0**-8 * np.abs(tiles).max())
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "Q8_0", "Q6_K", "BF16"])
+def test_packed_by_any_number_of_threads_sources_lie_one_below_the_other(kind: str) -> None:
+    """Rows of a block share bytes where they lie by columns, and blocks begin anywhere in a source."""
+    rng = np.random.default_rng(7)
+    sources = [random_source(rng, kind, rows, 512) for rows in (1, 200, 16, 300)]
+    expected = np.concatenate([_native.kernels.unpack([source], 512) for source in sources])
+    for layout in ("tiles", "rows", "columns") if kind in KINDS else ("tiles",):
+        for threads in (1, 2, 3, 9):
+            found = _native.kernels.unpack(sources, 512, layout=layout, threads=threads)
+            np.testing.assert_array_equal(found, expected)
+    pair = [random_source(rng, kind, 336, 512) for _ in range(2)]
+    tiles = [_native.kernels.unpack([source], 512).reshape(-1, 16, 512) for source in pair]
+    for threads in (1, 2, 5):
+        found = _native.kernels.unpack(pair, 512, interleave=True, threads=threads)
+        np.testing.assert_array_equal(found, np.stack(tiles, 1).reshape(-1, 512))
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("activation", ["silu", "relu", "gelu_tanh"])
