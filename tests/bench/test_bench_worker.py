@@ -112,13 +112,13 @@ def test_a_worker_measures_is_stopped_between_and_ends(variant: Variant, tmp_pat
 
 
 def test_all_prompts_are_read_long_before_the_first_sequence_ends(smollm2_gguf: Path, tmp_path: Path) -> None:
-    load = load_named("decode:4:2048")
+    load = load_named("decode:3:1024")
     variant = our_variants(smollm2_gguf, ["auto"])[0]
-    limits = {"max_batch": 4, "max_context": load.context + load.tokens, "max_positions": load.positions}
+    limits = {"max_batch": 3, "max_context": load.context + load.tokens, "max_positions": load.positions}
     with WorkerPool(tmp_path, threads=2, **limits) as pool:
-        answer = pool.ask(variant, {**MEASURE, "batch": 4, "context": load.context, "tokens": load.tokens})
-    assert answer["tokens"] >= 4 * 31
-    assert load_named("decode:1:2048").tokens == 32
+        answer = pool.ask(variant, {**MEASURE, "batch": 3, "context": load.context, "tokens": load.tokens})
+    assert answer["tokens"] >= 3 * 31
+    assert load_named("decode:1:1024").tokens == 32
 
 
 def state(pid: int) -> str | None:

@@ -17,6 +17,8 @@ from fallow.models.checkpoint import open_checkpoint
 from fallow.models.tokenizer import load_tokenizer
 from fallow.plan import LayerRule, SparsityPlan
 
+torch = pytest.importorskip("torch")
+
 
 def pages(top: int, target: str | None = None, recent: int = 1) -> LayerRule:
     return LayerRule("top_pages", None, target, {"sink_pages": 1, "recent_pages": recent, "top_pages": top})
@@ -25,37 +27,57 @@ def pages(top: int, target: str | None = None, recent: int = 1) -> LayerRule:
 CHOSEN = SparsityPlan(attention=tuple(pages(top, f"kv_head.{head}") for head, top in enumerate((2, 1, 3))))
 
 
-def logits(model: Path, tokens: np.ndarray, plan: SparsityPlan | None, chunk: int = 512) -> np.ndarray:
+def logits(model: Path, tokens: np.ndarray, plan: SparsityPlan | None) -> np.ndarray:
+    (found,) = logits_in_chunks(model, tokens, plan, (512,))
+    return found
+
+
+def logits_in_chunks(
+    model: Path, tokens: np.ndarray, plan: SparsityPlan | None, chunks: tuple[int, ...]
+) -> list[np.ndarray]:
     runner = ModelRunner(open_checkpoint(model), num_pages=32, plan=plan)
     try:
-        return runner.logits(tokens, chunk=chunk)
+        return [runner.logits(tokens, chunk=chunk) for chunk in chunks]
     finally:
         runner.close()
 
 
-def divergences(model: Path, plan: SparsityPlan, count: int, first: int) -> tuple[float, float]:
-    """How far the engine under a plan and the dense reference are from the reference under it, in nats a token, after
-    those of ``count`` tokens from ``first`` on."""
-    torch = pytest.importorskip("torch")
-    from fallow.models.decoder_weights import load_decoder
+class Reference:
+    """The PyTorch reference of a model, and tokens that it reads."""
 
-    tokens = np.array(load_tokenizer(model).encode(inspect.getsource(random))[:count], np.int32)
-    decoder = load_decoder(open_checkpoint(model), context=512)
-    with torch.no_grad():
-        ids = torch.from_numpy(tokens.astype(np.int64))[None]
-        dense = decoder.logits(decoder(ids))[0]
-        decoder.obey(plan)
-        expected = decoder.logits(decoder(ids))[0]
+    def __init__(self, model: Path) -> None:
+        from fallow.models.decoder_weights import load_decoder
 
-    def from_expected(other: torch.Tensor) -> float:
-        p, q = (x[first:].log_softmax(-1) for x in (expected, other))
-        return float((p.exp() * (p - q)).sum(-1).mean())
+        self._model = model
+        self._tokens = np.array(load_tokenizer(model).encode(inspect.getsource(random)), np.int32)
+        self._decoder = load_decoder(open_checkpoint(model), context=512)
 
-    return from_expected(torch.from_numpy(logits(model, tokens, plan))), from_expected(dense)
+    def _logits(self, plan: SparsityPlan, tokens: np.ndarray) -> torch.Tensor:
+        self._decoder.obey(plan)
+        with torch.no_grad():
+            return self._decoder.logits(self._decoder(torch.from_numpy(tokens.astype(np.int64))[None]))[0]
+
+    def divergences(self, plan: SparsityPlan, count: int, first: int) -> tuple[float, float]:
+        """How far the engine under a plan and the dense reference are from the reference under it, in nats a token,
+        after those of ``count`` tokens from ``first`` on."""
+        tokens = self._tokens[:count]
+        expected = self._logits(plan, tokens)
+
+        def from_expected(other: torch.Tensor) -> float:
+            p, q = (x[first:].log_softmax(-1) for x in (expected, other))
+            return float((p.exp() * (p - q)).sum(-1).mean())
+
+        engine = torch.from_numpy(logits(self._model, tokens, plan))
+        return from_expected(engine), from_expected(self._logits(SparsityPlan.dense(), tokens))
 
 
-def test_the_reference_and_the_engine_read_the_same_pages(smollm2_gguf: Path) -> None:
-    engine, dense = divergences(smollm2_gguf, CHOSEN, count=500, first=200)
+@pytest.fixture(scope="module")
+def reference(smollm2_gguf: Path) -> Reference:
+    return Reference(smollm2_gguf)
+
+
+def test_the_reference_and_the_engine_read_the_same_pages(reference: Reference) -> None:
+    engine, dense = reference.divergences(CHOSEN, count=500, first=200)
     # Where rounding turns two pages around that are worth nearly the same, a little more than rounding is left.
     assert engine < 0.01
     assert dense > 0.05
@@ -80,8 +102,8 @@ def removed(*targets: str, layer: int | None = None) -> tuple[LayerRule, ...]:
     ],
     ids=["heads and neurons", "blocks", "the last attention", "heads that read pages", "neurons, of which some rest"],
 )
-def test_the_reference_and_the_engine_do_without_the_same_parts(smollm2_gguf: Path, plan: SparsityPlan) -> None:
-    engine, dense = divergences(smollm2_gguf, plan, count=200, first=20)
+def test_the_reference_and_the_engine_do_without_the_same_parts(reference: Reference, plan: SparsityPlan) -> None:
+    engine, dense = reference.divergences(plan, count=200, first=20)
     assert dense > 0.02
     assert dense > 10 * engine
 
@@ -96,8 +118,8 @@ def test_the_reference_and_the_engine_do_without_the_same_parts(smollm2_gguf: Pa
     ],
     ids=["neurons", "so many neurons", "inputs of o_proj", "neurons and inputs of down_proj"],
 )
-def test_the_reference_and_the_engine_let_the_same_values_rest(smollm2_gguf: Path, plan: SparsityPlan) -> None:
-    engine, dense = divergences(smollm2_gguf, plan, count=200, first=20)
+def test_the_reference_and_the_engine_let_the_same_values_rest(reference: Reference, plan: SparsityPlan) -> None:
+    engine, dense = reference.divergences(plan, count=200, first=20)
     # What lies near the threshold is on either side of it after rounding: that much is left.
     assert dense > 0.02
     assert dense > 3 * engine
@@ -110,8 +132,8 @@ def test_a_plan_that_lets_nothing_rest_gives_the_dense_bits(smollm2_gguf: Path) 
     every = (LayerRule("top_k", parameters={"k": 1536}),)
     of_inputs = inputs(0, "o_proj", "down_proj")
     for plan in (SparsityPlan(ffn=zeros), SparsityPlan(ffn=zeros, input=of_inputs), SparsityPlan(ffn=every)):
-        for chunk in (512, 7, 1):
-            assert np.array_equal(logits(smollm2_gguf, tokens, plan, chunk), dense)
+        for found in logits_in_chunks(smollm2_gguf, tokens, plan, (512, 7, 1)):
+            assert np.array_equal(found, dense)
 
 
 def test_a_plan_that_reads_all_pages_gives_the_dense_bits(smollm2_gguf: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -46,7 +46,7 @@ class Judge:
 
     def nll(self, plan: SparsityPlan) -> float:
         """Nats a token over the ends of the windows."""
-        return self._nll(self.checkpoint, plan)
+        return self._nll(self.checkpoint, replace(plan, head=None))  # a screen of the head changes no probability
 
     def _nll(self, checkpoint: Checkpoint, plan: SparsityPlan) -> float:
         runner = self._runner(checkpoint, plan, sequences=1)
