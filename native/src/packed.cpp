@@ -345,12 +345,13 @@ void pack_rows(const PackedLinear& w, const std::vector<RowSource>& sources, con
   size_t n = 0;
   int base = 0;
   for (int row = begin; row < end; ++row) {
-    int r = row - base;
+    int r = row / lanes / 2 * lanes + row % lanes;
     if (options.interleave) {
       n = row / lanes % 2;
-      r = row / lanes / 2 * lanes + row % lanes;
+    } else {
+      while (row - base >= sources[n].rows) base += sources[n++].rows;
+      r = row - base;
     }
-    for (; !options.interleave && r >= sources[n].rows; r = row - base) base += sources[n++].rows;
     const Storage& from = storage_of(sources[n].type);
     const uint8_t* p = sources[n].data + static_cast<size_t>(r) * (w.in_features / from.block) * from.bytes;
     if (w.codes == Codes::bf16) {
@@ -411,7 +412,7 @@ PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features,
         const Task& t = *static_cast<Task*>(context);
         constexpr int block = block_tiles * lanes;
         const int blocks = (t.w.out_features + block - 1) / block;
-        const auto first_of = [&](int n) { return std::min(blocks * n / t.pool.size() * block, t.w.out_features); };
+        const auto first_of = [&](int n) { return std::min(static_cast<int>(int64_t{blocks} * n / t.pool.size()) * block, t.w.out_features); };
         pack_rows(t.w, t.sources, t.options, first_of(thread), first_of(thread + 1));
       },
       &task);
