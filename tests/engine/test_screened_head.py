@@ -56,11 +56,16 @@ class Model:
         )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf: Path) -> Model:
+    return Model(smollm2_gguf)
+
+
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3", "smollm2"])
 def model(request: pytest.FixtureRequest, tiny_checkpoints: dict[str, Path]) -> Model:
-    return Model(
-        request.getfixturevalue("smollm2_gguf") if request.param == "smollm2" else tiny_checkpoints[request.param]
-    )
+    if request.param == "smollm2":
+        return request.getfixturevalue("smollm2")
+    return Model(tiny_checkpoints[request.param])
 
 
 def step(runner: ModelRunner, prompts: Sequence[Sequence[int]], sampling: np.ndarray) -> Any:
@@ -164,14 +169,13 @@ def test_the_same_tokens_with_any_number_of_threads(model: Model) -> None:
     assert found[0] == found[1] == found[2]
 
 
-def test_what_is_computed_is_what_the_reference_computes(smollm2_gguf: Path) -> None:
-    model = Model(smollm2_gguf)
+def test_what_is_computed_is_what_the_reference_computes(smollm2: Model) -> None:
     candidates = 512
-    runner = model.runner(screened(candidates))
+    runner = smollm2.runner(screened(candidates))
     agreed = []
-    prompts = random_rows(model.vocab_size, 6, 8, 0)
-    hidden = np.stack([states[-1] for states in hidden_states(model.decoder, prompts)])
-    expected = model.screen.shortlist(hidden, model.checkpoint.head, candidates, tile=TILE_ROWS)
+    prompts = random_rows(smollm2.vocab_size, 6, 8, 0)
+    hidden = np.stack([states[-1] for states in hidden_states(smollm2.decoder, prompts)])
+    expected = smollm2.screen.shortlist(hidden, smollm2.checkpoint.head, candidates, tile=TILE_ROWS)
     for prompt, tiles in zip(prompts, expected, strict=True):
         token = int(step(runner, [prompt], parameters(1)).tokens[0])
         computed = set(runner.head_tiles(0, shortlist=True))
