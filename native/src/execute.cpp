@@ -49,8 +49,8 @@ void Program::execute(int thread) {
     if (row_kind_[i] == 1 && step_.num_logit_rows == 0) break;
     if (run_end_[i] > i && rows(i) >= own_rows * pool_.size()) {
       const int end = std::min(run_end_[i], count);
-      const int first = share(rows(i), thread);
-      const int mine = share(rows(i), thread + 1) - first;
+      const int first = pool_.share(rows(i), thread);
+      const int mine = pool_.share(rows(i), thread + 1) - first;
       const int blocks = (mine + block_rows - 1) / block_rows;
       for (int b = 0; b < blocks; ++b) {
         const int begin = first + mine * b / blocks;
@@ -78,7 +78,7 @@ Program::Part Program::part_of(int index, int thread) const {
                           std::holds_alternative<op::Screen>(operations_[index]) ||
                           std::holds_alternative<op::Rescore>(operations_[index]);
   if (by_columns) return {0, n, thread, pool_.size(), 0};
-  return {share(n, thread), share(n, thread + 1), 0, 1, 0};
+  return {pool_.share(n, thread), pool_.share(n, thread + 1), 0, 1, 0};
 }
 
 void Program::log_probabilities(const int32_t* targets, int count, float* out) {

@@ -82,8 +82,8 @@ PagesAhead Program::pages_ahead(int index, int thread) const {
   const Ahead& ahead = ahead_[index];
   if (ahead.layer < 0) return {};
   const std::vector<int32_t>& pages = reaches_[ahead.reach].pages;
-  const int first = share(static_cast<int>(pages.size()), thread);
-  const int64_t mine = share(static_cast<int>(pages.size()), thread + 1) - first;
+  const int first = pool_.share(static_cast<int>(pages.size()), thread);
+  const int64_t mine = pool_.share(static_cast<int>(pages.size()), thread + 1) - first;
   const auto begin = mine * ahead.begin / ahead.total;
   const auto end = mine * ahead.end / ahead.total;
   return {page(ahead.layer, 0), page_stride(), layout_.page_bytes(), pages.data() + first + begin, static_cast<int>(end - begin)};
@@ -121,7 +121,7 @@ void Program::list_full_pages() {
 void Program::summarise_pages(const op::Attention& o, int thread) {
   const KvLayout heads = layout(o.kv_heads);
   const int count = static_cast<int>(full_pages_.size()) * heads.num_kv_heads;
-  for (int i = share(count, thread); i < share(count, thread + 1); ++i) {
+  for (int i = pool_.share(count, thread); i < pool_.share(count, thread + 1); ++i) {
     const int number = full_pages_[i / heads.num_kv_heads];
     const int head = i % heads.num_kv_heads;
     uint16_t* summary = summaries(o.layer) + (static_cast<size_t>(number) * heads.num_kv_heads + head) * heads.summary_elements();
@@ -244,7 +244,7 @@ void Program::execute(const op::Attention& o, int index, int thread, const Part&
   }
   if (chooses && !merges_.empty()) {  // items are parts of what a row reads: it is chosen before
     const int choices = step_.num_tokens * o.kv_heads;
-    for (int i = share(choices, thread); i < share(choices, thread + 1); ++i) {
+    for (int i = pool_.share(choices, thread); i < pool_.share(choices, thread + 1); ++i) {
       choose_pages(o, index, i / o.kv_heads, i % o.kv_heads, scratch);
     }
     pool_.barrier();

@@ -342,35 +342,34 @@ namespace {
 void pack_rows(const PackedLinear& w, const std::vector<RowSource>& sources, const PackOptions& options, int begin, int end) {
   CodedRow coded;
   std::vector<float> values;
-  size_t n = 0;
   int base = 0;
-  for (int row = begin; row < end; ++row) {
-    int r = row / lanes / 2 * lanes + row % lanes;
-    if (options.interleave) {
-      n = row / lanes % 2;
-    } else {
-      while (row - base >= sources[n].rows) base += sources[n++].rows;
-      r = row - base;
-    }
-    const Storage& from = storage_of(sources[n].type);
-    const uint8_t* p = sources[n].data + static_cast<size_t>(r) * (w.in_features / from.block) * from.bytes;
-    if (w.codes == Codes::bf16) {
-      decode_row(from, p, w.in_features, coded, values);
-      const int lane = row % lanes;
-      auto* out = reinterpret_cast<uint16_t*>(w.tile(row / lanes));
-      const bool is_kept = from.name == std::string("BF16");
-      for (int k = 0; k < w.in_features; ++k) {
-        out[(static_cast<size_t>(k / 2) * lanes + lane) * 2 + k % 2] = is_kept ? read16(p + 2 * static_cast<size_t>(k)) : float_to_bf16(values[k]);
+  for (size_t n = 0; n < sources.size(); ++n) {
+    const RowSource& source = sources[n];
+    const Storage& from = storage_of(source.type);
+    const bool is_kept = source.type == "BF16";
+    const size_t row_bytes = static_cast<size_t>(w.in_features) / from.block * from.bytes;
+    for (int r = 0; r < source.rows; ++r) {
+      const int row = options.interleave ? (r / lanes * 2 + static_cast<int>(n)) * lanes + r % lanes : base + r;
+      if (row < begin || row >= end) continue;
+      const uint8_t* p = source.data + r * row_bytes;
+      if (w.codes == Codes::bf16) {
+        decode_row(from, p, w.in_features, coded, values);
+        const int lane = row % lanes;
+        auto* out = reinterpret_cast<uint16_t*>(w.tile(row / lanes));
+        for (int k = 0; k < w.in_features; ++k) {
+          out[(static_cast<size_t>(k / 2) * lanes + lane) * 2 + k % 2] = is_kept ? read16(p + 2 * static_cast<size_t>(k)) : float_to_bf16(values[k]);
+        }
+      } else if (options.precision == "q8") {
+        decode_row(from, p, w.in_features, coded, values);
+        code_row_q8(values.data(), w.in_features, w.group, coded);
+        put_row(w, row, coded);
+      } else {
+        code_row(from, p, w.in_features, coded);
+        put_row(w, row, coded);
+        if (w.scales == Scales::f16) put_f16_scales(w, row, from, p);
       }
-    } else if (options.precision == "q8") {
-      decode_row(from, p, w.in_features, coded, values);
-      code_row_q8(values.data(), w.in_features, w.group, coded);
-      put_row(w, row, coded);
-    } else {
-      code_row(from, p, w.in_features, coded);
-      put_row(w, row, coded);
-      if (w.scales == Scales::f16) put_f16_scales(w, row, from, p);
     }
+    base += source.rows;
   }
 }
 
@@ -412,7 +411,7 @@ PackedLinear pack_linear(const std::vector<RowSource>& sources, int in_features,
         const Task& t = *static_cast<Task*>(context);
         constexpr int block = block_tiles * lanes;
         const int blocks = (t.w.out_features + block - 1) / block;
-        const auto first_of = [&](int n) { return std::min(static_cast<int>(int64_t{blocks} * n / t.pool.size()) * block, t.w.out_features); };
+        const auto first_of = [&](int n) { return std::min(t.pool.share(blocks, n) * block, t.w.out_features); };
         pack_rows(t.w, t.sources, t.options, first_of(thread), first_of(thread + 1));
       },
       &task);

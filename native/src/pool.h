@@ -22,6 +22,9 @@ class ThreadPool {
 
   int size() const { return threads_; }
 
+  // Where the part of `thread` begins when n things are shared out.
+  int share(int n, int thread) const { return static_cast<int>(n * int64_t{thread} / threads_); }
+
   // Runs `region` on all threads, the caller being thread 0, and returns when all have finished.
   void run(Region region, void* context);
 

@@ -368,8 +368,6 @@ class Program {
   }
   // Rows that a thread takes through a run of operations at once.
   static constexpr int block_rows = 64;
-  // Where the part of `thread` begins when n things are shared out.
-  int share(int n, int thread) const { return static_cast<int>(n * int64_t{thread} / pool_.size()); }
 
   const Kernels& kernels_;
   KvLayout layout_;

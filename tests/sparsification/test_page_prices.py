@@ -84,12 +84,12 @@ def test_pages_cost_what_text_and_answers_lose(decoder: Decoder, window: list[in
     window = window[:320]
     question = Question(window[:-3], window[-3:])
     assert question.tokens == window
-    kinds = Kinds(open_checkpoint(smollm2_gguf), Load(1, 320), "auto", 2, pages=True, in_parts=[], removed=())
+    kinds = Kinds(open_checkpoint(smollm2_gguf), Load(1, len(window)), "auto", 2, pages=True, in_parts=[], removed=())
     alone, with_answer = (
         kinds.priced(decoder, [window], some, lambda what, done, total: None)[0] for some in ([], [question])
     )
     weights = sensitivities(decoder, [window], torch.Generator().manual_seed(0))[:-1, None, None]
-    answer = (weights * page_errors(decoder, [window], [torch.tensor([316, 317, 318])])).numpy()
+    answer = (weights * page_errors(decoder, [window], [torch.arange(len(window) - 4, len(window) - 1)])).numpy()
     expected = 0.8 * alone.prices[:, :-1] + 0.2 * answer.reshape(-1, len(COUNTS))
     np.testing.assert_allclose(with_answer.prices[:, :-1], expected, rtol=1e-9)
     assert (with_answer.prices[:, 0] > 1.05 * alone.prices[:, 0]).any()
