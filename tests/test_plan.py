@@ -13,6 +13,10 @@ from fallow.plan import LayerRule, SparsityPlan
 PLAN = SparsityPlan(
     ffn=(LayerRule("zeros", 0), LayerRule("top_k", 1, parameters={"k": 64})),
     input=(LayerRule("threshold", 3, "o_proj", {"threshold": 0.25}),),
+    attention=(
+        LayerRule("top_pages", 0, parameters={"sink_pages": 1, "recent_pages": 2, "top_pages": 3}),
+        LayerRule("top_pages", 1, parameters={"sink_pages": 1, "recent_pages": 2, "top_pages": 3, "context_pages": 9}),
+    ),
     head=(LayerRule("screen", parameters={"rank": 32, "candidates": 512}),),
     provenance={"made_by": "test"},
 )
@@ -28,7 +32,7 @@ def test_a_plan_survives_the_file(tmp_path: Path) -> None:
 
 def test_a_summary() -> None:
     assert SparsityPlan.dense().summary is None
-    assert PLAN.summary == "ffn in 2 layers, input in 1 layer, head"
+    assert PLAN.summary == "ffn in 2 layers, input in 1 layer, attention in 2 layers, head"
 
 
 @pytest.mark.parametrize(
@@ -41,6 +45,8 @@ def test_a_summary() -> None:
         ({"ffn": [{"rule": "magic"}]}, "one of zeros, threshold, top_k"),
         ({"ffn": [{"rule": ["zeros"]}]}, "one of zeros, threshold, top_k"),
         ({"ffn": [{"rule": "top_k", "layer": 0}]}, "needs k"),
+        ({"ffn": [{"rule": "top_k", "layer": 0, "k": 1, "context_pages": 1}]}, "needs k .*, but has context_pages, k"),
+        ({"attention": [{"rule": "top_pages", "context_pages": 9}]}, "needs recent_pages, sink_pages, top_pages"),
         ({"ffn": [{"rule": "top_k", "layer": True, "k": 1}]}, "from 0 to"),
         ({"ffn": [{"rule": "top_k", "layer": 10**9, "k": 1}]}, "from 0 to"),
         ({"ffn": [{"rule": "top_k", "layer": 0, "k": float("nan")}]}, "at least 0 as k"),

@@ -1,11 +1,13 @@
 // Single kernels for tests: each instruction set against the others, the scalar one against numpy and PyTorch.
 #include "bind_kernels.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <optional>
 
 #include "kernels.h"
 #include "pool.h"
@@ -126,15 +128,17 @@ NumpyFloats keep_largest(const std::string& isa, const Matrix& x, int count, con
 // the last `queries` tokens. Garbage (NaN) fills what is not written. With `top_pages`, of each KV head, pages are chosen
 // among those that are not the first `sink_pages` or the last `recent_pages`; [queries][kv heads][pages] says which.
 nb::tuple attention(const std::string& isa, const Matrix& qkv, const Matrix& table, int num_heads, int num_kv_heads, int head_dim, int rotary_dim,
-                    int queries, int window, float scale, int sink_pages, int recent_pages, const std::vector<int>& top_pages) {
+                    int queries, int window, float scale, int sink_pages, int recent_pages, const std::vector<int>& top_pages,
+                    std::optional<int> context_pages) {
   const Kernels& kernels = kernels_of(isa);
+  const PageChoice rule{sink_pages, recent_pages, top_pages, context_pages.value_or(0)};
   const bool chooses = !top_pages.empty();
   const KvLayout layout{num_heads, num_kv_heads, head_dim};
   const int tokens = static_cast<int>(qkv.shape(0));
   if (num_kv_heads <= 0 || num_heads % num_kv_heads != 0 || head_dim <= 0 || head_dim > max_head_dim || rotary_dim > head_dim ||
       qkv.shape(1) != static_cast<size_t>((num_heads + 2 * num_kv_heads) * head_dim) || table.shape(0) < qkv.shape(0) ||
       table.shape(1) != static_cast<size_t>(rotary_dim) || queries <= 0 || queries > tokens ||
-      (chooses && (top_pages.size() != static_cast<size_t>(num_kv_heads) || recent_pages < 1 || sink_pages < 0 || window > 0))) {
+      (chooses && (top_pages.size() != static_cast<size_t>(num_kv_heads) || recent_pages < 1 || sink_pages < 0 || rule.context < 0 || window > 0))) {
     throw std::invalid_argument("shapes do not fit");
   }
   const int pages = (tokens + page_size - 1) / page_size;
@@ -171,7 +175,7 @@ nb::tuple attention(const std::string& isa, const Matrix& qkv, const Matrix& tab
         if (p < first || p >= end) bits[p / segment_pages] |= static_cast<uint8_t>(1u << p % segment_pages);
       }
       const uint16_t* query = rotated.as<uint16_t>() + row * query_stride + static_cast<size_t>(h) * (num_heads / num_kv_heads) * layout.padded_dim();
-      kernels.choose_pages({layout, query, h, scale, summaries.data(), page_table.data(), first, end, top_pages[h]}, bits, choice.as<float>());
+      kernels.choose_pages({layout, query, h, scale, summaries.data(), page_table.data(), first, end, rule.count(h, own + 1)}, bits, choice.as<float>());
       for (int p = 0; p < pages; ++p) read[static_cast<size_t>(i) * pages + p] = bits[p / segment_pages] >> p % segment_pages & 1;
     }
   }
@@ -287,7 +291,7 @@ void bind_kernels(nb::module_& m) {
   m.def("above_threshold", &above_threshold, "isa"_a, "x"_a, "quantile"_a);
   m.def("keep_largest", &keep_largest, "isa"_a, "x"_a, "count"_a, nb::kw_only(), "activation"_a);
   m.def("attention", &attention, "isa"_a, "qkv"_a, "table"_a, nb::kw_only(), "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "rotary_dim"_a,
-        "queries"_a, "window"_a, "scale"_a, "sink_pages"_a = 0, "recent_pages"_a = 1, "top_pages"_a = std::vector<int>{});
+        "queries"_a, "window"_a, "scale"_a, "sink_pages"_a = 0, "recent_pages"_a = 1, "top_pages"_a = std::vector<int>{}, "context_pages"_a = nb::none());
   m.def("feed_forward", &feed_forward, "isa"_a, "up"_a.none(), "down"_a, "x"_a, "gates"_a, nb::kw_only(), "precision"_a, "activation"_a, "threshold"_a,
         "initial"_a, "gate"_a.none() = nb::none());
   m.def("screen", &screen, "isa"_a, "signs"_a, "x"_a);

@@ -185,11 +185,12 @@ void bind_program(nb::module_& m) {
       .def(
           "attention",
           [](Program& p, int out, int layer, std::optional<int> kv_heads, int window, float scale, int sink_pages, int recent_pages,
-             const std::vector<int>& top_pages) {
-            p.add(op::Attention{out, layer, kv_heads.value_or(p.layout().num_kv_heads), window, scale, {sink_pages, recent_pages, top_pages}});
+             const std::vector<int>& top_pages, std::optional<int> context_pages) {
+            p.add(op::Attention{
+                out, layer, kv_heads.value_or(p.layout().num_kv_heads), window, scale, {sink_pages, recent_pages, top_pages, context_pages.value_or(0)}});
           },
           "out"_a, nb::kw_only(), "layer"_a, "kv_heads"_a = nb::none(), "window"_a, "scale"_a, "sink_pages"_a = 0, "recent_pages"_a = 0,
-          "top_pages"_a = std::vector<int>{})
+          "top_pages"_a = std::vector<int>{}, "context_pages"_a = nb::none())
       .def("add", [](Program& p, int x, int out) { p.add(op::Add{x, out}); }, "x"_a, "out"_a)
       .def(
           "gate",

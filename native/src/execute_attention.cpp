@@ -153,7 +153,7 @@ void Program::choose_pages(const op::Attention& o, int index, int row, int kv_he
                          step_.page_table + static_cast<size_t>(row_sequence_[row]) * step_.table_width,
                          first,
                          end,
-                         o.choice.top[kv_head]},
+                         o.choice.count(kv_head, own + 1)},
                         bits, scratch.choice.as<float>());
   if (record_.pages == nullptr) return;
   const size_t place = (static_cast<size_t>(row) * num_choices_ + record_place_[index]) * layout_.num_kv_heads + kv_head;

@@ -1,5 +1,6 @@
 // What the executor asks of the kernels of an instruction set, as plain tasks and a table of functions.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -89,6 +90,22 @@ struct AttentionTask {
   const uint8_t* chosen = nullptr;
   size_t chosen_stride = 0;  // bytes between rows
   const uint16_t* next_keys = nullptr;  // of the page that is read after this segment: fetched meanwhile
+};
+
+// Which pages of the KV cache a query reads: the first `sinks`, the last `recent` (its own among them), and for each KV
+// head the best `top` of those between; of more than `context` pages as many more in proportion, where that is not 0. No
+// tops: all.
+struct PageChoice {
+  int sinks = 0, recent = 0;
+  std::vector<int> top;
+  int context = 0;
+
+  // How many of those between, of `pages` in all.
+  int count(int kv_head, int pages) const {
+    if (context == 0 || pages <= context) return top[kv_head];
+    const int64_t ends = static_cast<int64_t>(sinks) + recent;
+    return static_cast<int>(std::min<int64_t>((ends + top[kv_head]) * pages / context - ends, pages));
+  }
 };
 
 // One query row's choice among pages [first, end) for a KV head.

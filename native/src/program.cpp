@@ -185,6 +185,7 @@ void Program::finish(int logits_buffer) {
               if (c.top.empty()) return;
               require(static_cast<int>(c.top.size()) == o.kv_heads, "attention: pages are chosen for each KV head");
               require(c.recent > 0 && c.sinks >= 0, "attention: a query's own page is always read");
+              require(c.context >= 0, "attention: a context has one page at least");
               for (const int top : c.top) require(top >= 0, "attention: fewer than no pages");
               chooses_pages_ = true;
             },

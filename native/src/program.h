@@ -19,13 +19,6 @@
 
 namespace fallow {
 
-// Which pages of the KV cache a query reads: the first `sinks`, the last `recent` (its own among them), and for each KV
-// head the best `top` of those between. No tops: all.
-struct PageChoice {
-  int sinks = 0, recent = 0;
-  std::vector<int> top;
-};
-
 // Operations name their operands by number: buffers are float32 [rows][width], activations are rows for the linear
 // kernels, weights and vectors are constants. Rows are all tokens of a step, or, from the
 // first gather on, its logit rows.

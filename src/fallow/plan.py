@@ -17,7 +17,7 @@ FILE_NAME = "plan.json"
 MAX_PLAN_BYTES = 16 << 20
 MAX_LAYERS = 4096
 
-# For each axis: its rules, and the numbers that a rule needs.
+# For each axis: its rules, and the numbers that a rule needs;
 RULES: dict[str, dict[str, tuple[str, ...]]] = {
     "ffn": {"zeros": (), "threshold": ("threshold",), "top_k": ("k",)},
     "input": {"threshold": ("threshold",)},
@@ -25,6 +25,8 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
     "head": {"screen": ("rank", "candidates")},
     "structure": {"removed": ()},
 }
+# and those that a rule may have beside them.
+_FURTHER = {"top_pages": ("context_pages",)}
 AXES = tuple(RULES)
 KV_HEAD = "kv_head."
 """With a number: what a target calls a KV head."""
@@ -177,8 +179,8 @@ def _check_rule(axis: str, rule: LayerRule) -> None:
         raise ModelFileError(f"{where} must name its layer by a number from 0 to {MAX_LAYERS - 1}.")
     if rule.target is not None and not isinstance(rule.target, str):
         raise ModelFileError(f"{where} must name its target by a string.")
-    needed = set(RULES[axis][rule.rule])
-    if set(rule.parameters) != needed:
+    needed, further = set(RULES[axis][rule.rule]), _FURTHER.get(rule.rule, ())
+    if set(rule.parameters) - set(further) != needed:
         raise ModelFileError(
             f"{where} needs {', '.join(sorted(needed)) or 'no numbers'} for the rule {rule.rule}, "
             f"but has {', '.join(sorted(map(str, rule.parameters))) or 'none'}."

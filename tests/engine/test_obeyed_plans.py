@@ -20,11 +20,14 @@ from fallow.plan import LayerRule, SparsityPlan
 torch = pytest.importorskip("torch")
 
 
-def pages(top: int, target: str | None = None, recent: int = 1) -> LayerRule:
-    return LayerRule("top_pages", None, target, {"sink_pages": 1, "recent_pages": recent, "top_pages": top})
+def pages(top: int, target: str | None = None, recent: int = 1, **further: float) -> LayerRule:
+    numbers = {"sink_pages": 1, "recent_pages": recent, "top_pages": top}
+    return LayerRule("top_pages", None, target, numbers | further)
 
 
-CHOSEN = SparsityPlan(attention=tuple(pages(top, f"kv_head.{head}") for head, top in enumerate((2, 1, 3))))
+CHOSEN = SparsityPlan(
+    attention=tuple(pages(top, f"kv_head.{head}", context_pages=9) for head, top in enumerate((2, 1, 3)))
+)
 
 
 def logits(model: Path, tokens: np.ndarray, plan: SparsityPlan | None) -> np.ndarray:

@@ -81,9 +81,10 @@ class Run:
             assert self._left.acquire(timeout=60)
 
 
+PAGE_NUMBERS = {"sink_pages": 1, "recent_pages": 1, "context_pages": 3}
 PAGES = SparsityPlan(
     attention=tuple(
-        LayerRule("top_pages", None, f"kv_head.{head}", {"sink_pages": 1, "recent_pages": 1, "top_pages": top})
+        LayerRule("top_pages", None, f"kv_head.{head}", PAGE_NUMBERS | {"top_pages": top})
         for head, top in enumerate((1, 0, 2))
     )
 )

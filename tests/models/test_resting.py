@@ -36,6 +36,8 @@ def test_rules_for_all_layers_for_one_and_for_a_head(config: ModelConfig) -> Non
     assert resting(SparsityPlan(attention=(rule(),)), config) == [Resting(PageRule(1, 2, (3, 3)))] * layers
     plan = SparsityPlan(attention=(rule(1, "kv_head.1", top_pages=7), rule(1, "kv_head.0")))
     assert resting(plan, config) == [Resting(), Resting(PageRule(1, 2, (3, 7))), *[Resting()] * (layers - 2)]
+    grows = SparsityPlan(attention=(rule(context_pages=9),))
+    assert resting(grows, config) == [Resting(PageRule(1, 2, (3, 3), 9))] * layers
 
 
 def test_rules_for_neurons(config: ModelConfig) -> None:
@@ -62,7 +64,10 @@ def test_rules_for_neurons(config: ModelConfig) -> None:
         ([rule(0, recent_pages=0)], "own page is always read"),
         ([rule(0, top_pages=1.5)], "top_pages of layer 0 is 1.5"),
         ([rule(0, top_pages=2.0**40)], "below 2"),
-        ([rule(0, "kv_head.0"), rule(0, "kv_head.1", sink_pages=2)], "the same sink_pages and recent_pages"),
+        ([rule(0, "kv_head.0"), rule(0, "kv_head.1", sink_pages=2)], "the same sink_pages, recent_pages and"),
+        ([rule(0, "kv_head.0"), rule(0, "kv_head.1", context_pages=9)], "the same sink_pages, recent_pages and"),
+        ([rule(0, context_pages=0)], "context_pages of layer 0 is 0"),
+        ([rule(0, context_pages=2.5)], "context_pages of layer 0 is 2.5"),
     ],
 )
 def test_what_does_not_fit_is_a_sentence(config: ModelConfig, rules: list[LayerRule], message: str) -> None:

@@ -21,6 +21,9 @@ CASES = [
     (700, 1, 9, 3, 64, PageRule(2, 3, (5, 5, 40))),
     (600, 20, 4, 4, 80, PageRule(1, 1, (2, 3, 4, 5))),
     (1100, 9, 8, 1, 128, PageRule(30, 2, (3,))),
+    (900, 33, 9, 3, 64, PageRule(1, 2, (4, 0, 9), 13)),
+    (700, 130, 2, 1, 16, PageRule(0, 1, (2,), 20)),
+    (300, 9, 4, 2, 8, PageRule(2, 3, (1, 2**31 - 1), 1)),
 ]
 
 
@@ -33,7 +36,7 @@ def attend(
     return _native.kernels.attention(
         isa, qkv, table, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, rotary_dim=dim, queries=queries,
         window=0, scale=dim**-0.5, sink_pages=rule.sink_pages, recent_pages=rule.recent_pages,
-        top_pages=list(rule.top_pages),
+        top_pages=list(rule.top_pages), context_pages=rule.context_pages,
     )  # fmt: skip
 
 
@@ -94,6 +97,18 @@ def test_where_all_pages_are_read_the_bits_are_the_dense_ones(isa: str) -> None:
         everything, chosen = attend(isa, qkv, shape, 60, rule)
         assert chosen[-1].all()
         assert np.array_equal(everything, dense)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_beyond_its_context_a_rule_reads_more_in_proportion(isa: str) -> None:
+    shape, tokens = (4, 2, 16), 32 * 24
+    qkv = np.random.default_rng(4).standard_normal((tokens, 8 * 16), dtype=np.float32)
+    _, chosen = attend(isa, qkv, shape, tokens, PageRule(1, 2, (1, 4), 8))
+    pages = np.arange(tokens) // 32 + 1
+    for head, reads in enumerate((4, 7)):
+        expected = np.minimum(np.where(pages > 8, reads * pages // 8, reads), pages)
+        assert (chosen[:, head].sum(-1) == expected).all()
+        assert expected[-1] == 3 * reads
 
 
 @pytest.mark.parametrize("isa", ISAS)

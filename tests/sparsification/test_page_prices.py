@@ -53,7 +53,7 @@ def test_an_error_is_that_of_the_plan(
 ) -> None:
     layer, head, count = place
     everything = 1 << 20
-    numbers = {"sink_pages": SINK_PAGES, "recent_pages": RECENT_PAGES}
+    numbers = {"sink_pages": SINK_PAGES, "recent_pages": RECENT_PAGES, "context_pages": TOKENS // 32}
     rules = tuple(
         LayerRule("top_pages", layer, f"kv_head.{h}", numbers | {"top_pages": count if h == head else everything})
         for h in range(3)
@@ -99,7 +99,7 @@ def test_more_pages_cost_less_and_all_cost_nothing(page_table: Tensor) -> None:
     totals = page_table.sum((0, 1))
     assert (totals.diff() <= 0).all()
     assert totals[0] > 1e-3
-    assert float(page_table[..., COUNTS.index(12)].max()) < 1e-9  # with the ends, more than there are
+    assert float(page_table[..., COUNTS.index(16)].max()) < 1e-9  # with the ends, more than there are
 
 
 def test_sensitivity_foretells_the_divergence_of_an_error(decoder: Decoder, window: list[int]) -> None:

@@ -150,17 +150,21 @@ def test_needles_that_price_are_like_those_that_are_asked_but_others(smollm2_ggu
     assert Floor("capitals.yaml", 0.5, 300).questions(tokenizer) == []
 
 
-def test_windows_for_calibration_are_kept_apart() -> None:
-    windows = cut(list(range(95)), 10, "numbers")
-    assert windows.calibrated == [list(range(start, start + 10)) for start in (0, 10, 20)]
-    assert windows.verified == [list(range(start, start + 10)) for start in (60, 70, 80)]
+@pytest.mark.parametrize(("context", "priced", "verified"), [(9000, 3, 3), (4000, 3, 6), (1000, 6, 24), (100, 61, 96)])
+def test_windows_for_calibration_are_kept_apart(context: int, priced: int, verified: int) -> None:
+    number = 2 * verified + 3
+    windows = cut(list(range(number * context + context // 2)), context, "numbers")
+    starts = [window * context for window in range(number)]
+    assert windows.calibrated == [list(range(start, start + context)) for start in starts[:priced]]
+    assert windows.verified == [list(range(start, start + context)) for start in starts[-verified:]]
     assert not set(itertools.chain(*windows.calibrated)) & set(itertools.chain(*windows.verified))
 
 
-def test_the_model_writes_its_own_text(smollm2_gguf: Path) -> None:
-    with Engine(smollm2_gguf) as engine:
+def test_the_model_writes_its_own_text(tiny_checkpoints: dict[str, Path]) -> None:
+    with Engine(tiny_checkpoints["qwen3"]) as engine:
         windows = written_by(engine, 40)
         assert written_by(engine, 40) == windows
+    assert (len(windows.calibrated), len(windows.verified)) == (48, 48)
     every = [*windows.calibrated, *windows.verified]
-    assert [len(window) for window in every] == [40] * 4
-    assert len({tuple(window) for window in every}) == 4
+    assert {len(window) for window in every} == {40}
+    assert len({tuple(window) for window in every}) == 96

@@ -263,6 +263,7 @@ class DecoderProgram:
             sink_pages=rule.sink_pages,
             recent_pages=rule.recent_pages,
             top_pages=[rule.top_pages[head] for head in heads] if heads and rule.top_pages else rule.top_pages,
+            context_pages=rule.context_pages,
         )
         if is_last:
             attended = self._attended

@@ -52,8 +52,17 @@ def chosen_pages(q: Tensor, k: Tensor, rule: PageRule, scale: float, first: int 
     positions = torch.arange(first, first + q.shape[2], device=q.device)
     masses, always = page_masses(q, k, positions, (rule.sink_pages, rule.recent_pages), scale)
     best = masses.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # each page's place
-    top = torch.tensor(rule.top_pages, device=q.device)[:, None, None]
-    return always | ((best < top) & (masses >= 0))
+    return always | ((best < _top_pages(rule, positions)[..., None]) & (masses >= 0))
+
+
+def _top_pages(rule: PageRule, positions: Tensor) -> Tensor:
+    """How many pages beside the ends the query at each position reads, int64 ``[kv_heads, queries]``."""
+    top = torch.tensor(rule.top_pages, device=positions.device)[:, None]
+    pages, ends = positions // PAGE_SIZE + 1, rule.sink_pages + rule.recent_pages
+    if rule.context_pages is None:
+        return top.expand(-1, len(positions))
+    more = (ends + top) * pages // rule.context_pages - ends
+    return torch.where(pages > rule.context_pages, more, top)
 
 
 def attention_to_chosen_pages(

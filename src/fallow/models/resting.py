@@ -19,11 +19,14 @@ _LANES = 16  # the engine computes hidden states so many at a time
 @dataclass(frozen=True)
 class PageRule:
     """Which pages of the KV cache a query of a layer reads: the first ``sink_pages``, the last ``recent_pages`` (its
-    own is one of them), and for each KV head as many of those between as ``top_pages`` says."""
+    own is one of them), and for each KV head as many of those between as ``top_pages`` says. So it is where there are
+    up to ``context_pages``, and where there are more, as many more are read in proportion; None: however many there
+    are."""
 
     sink_pages: int
     recent_pages: int
     top_pages: tuple[int, ...]
+    context_pages: int | None = None
 
 
 @dataclass(frozen=True)
@@ -183,15 +186,25 @@ def _page_rule(layer: int, rules: dict[int, LayerRule], heads: int) -> PageRule 
     if len(rules) < heads:
         missing = next(head for head in range(heads) if head not in rules)
         raise ModelFileError(f"The plan has no rule for the attention of layer {layer}, KV head {missing}.")
-    ends = {tuple(_whole(layer, rule, name) for name in ("sink_pages", "recent_pages")) for rule in rules.values()}
-    if len(ends) > 1:
-        raise ModelFileError(
-            f"The KV heads of layer {layer} must have the same sink_pages and recent_pages in the plan."
+    found = {
+        PageRule(
+            _whole(layer, rule, "sink_pages"),
+            _whole(layer, rule, "recent_pages"),
+            (),
+            _whole(layer, rule, "context_pages") if "context_pages" in rule.parameters else None,
         )
-    ((sink_pages, recent_pages),) = ends
-    if recent_pages < 1:
+        for rule in rules.values()
+    }
+    if len(found) > 1:
+        raise ModelFileError(
+            f"The KV heads of layer {layer} must have the same sink_pages, recent_pages and context_pages in the plan."
+        )
+    (shared,) = found
+    if shared.recent_pages < 1:
         raise ModelFileError(f"The plan's recent_pages of layer {layer} is 0: a query's own page is always read.")
-    return PageRule(sink_pages, recent_pages, tuple(_whole(layer, rules[head], "top_pages") for head in range(heads)))
+    if shared.context_pages == 0:
+        raise ModelFileError(f"The plan's context_pages of layer {layer} is 0: a context has one page at least.")
+    return replace(shared, top_pages=tuple(_whole(layer, rules[head], "top_pages") for head in range(heads)))
 
 
 def _whole(layer: int | None, rule: LayerRule, name: str) -> int:

@@ -20,9 +20,10 @@ _ALL = 1 << 30  # pages: more than any context has
 @dataclass(frozen=True)
 class PageChoices(Choices):
     """Of the KV heads of layers that see the whole context: one of ``COUNTS`` pages, or all. ``places`` are (layer, KV
-    head) in order."""
+    head) in order, ``pages`` those of the context that the prices are for."""
 
     places: tuple[tuple[int, int], ...]
+    pages: int
 
     @staticmethod
     def of(config: ModelConfig, load: Load, nats: Float64) -> PageChoices:
@@ -36,7 +37,7 @@ class PageChoices(Choices):
         read = load.batch * np.append(some, pages * ModelRunner.page_size * row).astype(np.float64)
         prices = np.array([[*nats[place], 0.0] for place in places]).reshape(len(places), len(COUNTS) + 1)
         every = np.tile(read, (len(places), 1))
-        return PageChoices(every, every[:, -1:] - every, prices, places)
+        return PageChoices(every, every[:, -1:] - every, prices, places, pages)
 
     @property
     def what(self) -> str:
@@ -46,13 +47,9 @@ class PageChoices(Choices):
         """Layers in which all heads read everything have no rule."""
         counts = dict(zip(self.places, ([*COUNTS, _ALL][choice] for choice in chosen), strict=True))
         sparse = {layer for (layer, _), count in counts.items() if count != _ALL}
+        shared = {"sink_pages": SINK_PAGES, "recent_pages": RECENT_PAGES, "context_pages": self.pages}
         rules = tuple(
-            LayerRule(
-                "top_pages",
-                layer,
-                f"{KV_HEAD}{head}",
-                {"sink_pages": SINK_PAGES, "recent_pages": RECENT_PAGES, "top_pages": count},
-            )
+            LayerRule("top_pages", layer, f"{KV_HEAD}{head}", shared | {"top_pages": count})
             for (layer, head), count in counts.items()
             if layer in sparse
         )

@@ -16,7 +16,8 @@ from fallow.sparsification.stream_error import late_tokens, relative_error, stre
 
 COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 """How many pages are tried."""
-SINK_PAGES, RECENT_PAGES = 1, 4
+SINK_PAGES, RECENT_PAGES = 1, 2
+"""What every query reads: as many pages chosen by their summaries cost less than more recent ones."""
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from fallow.engine.engine import Engine
 from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError
 
-CALIBRATED, VERIFIED = 3, 3
-"""Windows at most for each."""
-_WRITTEN = 2  # of each, where the model writes them
+_CALIBRATED, _VERIFIED = 6144, 24_576
+"""Tokens of the windows that price what may rest, and of those that verify it, each a few times;"""
+_FEWEST, _MOST = 3, 96
+"""how many windows these are at least and at most. Half as many where the model writes them."""
 _AT_ONCE = 8  # texts that the model writes to be healed with
 
 
@@ -52,15 +53,20 @@ def cut(ids: list[int], context: int, source: str) -> Windows:
             "half of them to verify the plan. Give more text, or a shorter context."
         )
     half = len(windows) // 2
-    verified = windows[half:][-VERIFIED:]
+    verified = windows[half:][-_count(_VERIFIED, context) :]
     before = ids[: (len(windows) - len(verified)) * context]
-    return Windows(windows[:half][:CALIBRATED], verified, before)
+    return Windows(windows[:half][: _count(_CALIBRATED, context)], verified, before)
+
+
+def _count(tokens: int, context: int) -> int:
+    return min(max(tokens // context, _FEWEST), _MOST)
 
 
 def written_by(engine: Engine, context: int) -> Windows:
     """Windows that the model writes from the beginning of a text, at temperature 1."""
-    windows = texts_of(engine, 2 * _WRITTEN, context)
-    return Windows(windows[:_WRITTEN], windows[_WRITTEN:])
+    calibrated, verified = (-(-_count(tokens, context) // 2) for tokens in (_CALIBRATED, _VERIFIED))
+    windows = texts_of(engine, calibrated + verified, context)
+    return Windows(windows[:calibrated], windows[calibrated:])
 
 
 def written_to_heal(engine: Engine, tokens: int, context: int) -> list[list[int]]:
