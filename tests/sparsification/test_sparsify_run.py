@@ -150,7 +150,7 @@ def test_needles_that_price_are_like_those_that_are_asked_but_others(smollm2_ggu
     assert Floor("capitals.yaml", 0.5, 300).questions(tokenizer) == []
 
 
-@pytest.mark.parametrize(("context", "priced", "verified"), [(9000, 3, 3), (4000, 3, 6), (1000, 6, 24), (100, 61, 96)])
+@pytest.mark.parametrize(("context", "priced", "verified"), [(9000, 3, 3), (4000, 3, 4), (1000, 6, 16), (100, 61, 96)])
 def test_windows_for_calibration_are_kept_apart(context: int, priced: int, verified: int) -> None:
     number = 2 * verified + 3
     windows = cut(list(range(number * context + context // 2)), context, "numbers")

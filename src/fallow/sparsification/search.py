@@ -13,9 +13,9 @@ from fallow.sparsification.choices import Choices, stacked, together, unstacked
 from fallow.sparsification.judge import Judge
 from fallow.sparsification.solve import choose
 
-_MOST_TRIES = 6
+_TRIES, _MOST_TRIES = 6, 12  # more than six while all that was measured costs too much
 _CLOSE = 0.85  # of the budget: near enough
-_CAUTION = 0.97  # of the price that would be right if prices were: they are nearly
+_CAUTION = 0.9  # of the price that would be right if prices were, and again for every plan that cost too much
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,36 @@ class Search:
         allowed = math.log1p(budget)
         price = price or allowed
         points: list[Point] = []
-        for _ in range(_MOST_TRIES):
+        tried: list[tuple[float, float]] = []
+        while True:
             chosen = self.menu.choose(price)
             plan, resting = self.menu.plan(chosen, self.start), self.menu.resting(chosen)
             excess = self.judge.nll(plan) - self.judge.dense_nll
             points.append(Point(resting, math.exp(excess), self.menu.speedup(chosen), plan, price))
             self.on_note(f"At rest: {self.menu.describe(chosen)}. Perplexity {math.expm1(excess):+.2%}.")
-            if _CLOSE * allowed <= excess <= allowed or resting == 0:
-                break
-            price *= _CAUTION * min(max(allowed / max(excess, 1e-9), 0.25), 4.0)
-        return points
+            tried.append((price, excess))
+            is_last = len(tried) >= (_TRIES if min(cost for _, cost in tried) <= allowed else _MOST_TRIES)
+            if _CLOSE * allowed <= excess <= allowed or resting == 0 or is_last:
+                return points
+            price = next_price(tried, allowed)
 
     @property
     def nothing(self) -> Point:
         """The plan on which the others are based."""
         dense = [kind.dense for kind in self.menu.kinds]
         return Point(0.0, 1.0, self.menu.speedup(dense), self.start, 0.0)
+
+
+def next_price(tried: Sequence[tuple[float, float]], allowed: float) -> float:
+    """Where a plan may cost ``allowed`` after those of the prices ``tried``, with what they cost in truth. Between one
+    that costs less and one that costs more in the middle, else in proportion."""
+    below = max((price for price, cost in tried if cost <= allowed), default=0.0)
+    above = min((price for price, cost in tried if cost > allowed and price > below), default=math.inf)
+    if below > 0 and above < math.inf:
+        return math.sqrt(below * above)
+    price, cost = tried[-1]
+    too_much = sum(cost > allowed for _, cost in tried)
+    return price * _CAUTION ** max(too_much, 1) * min(max(allowed / max(cost, 1e-9), 0.25), 4.0)
 
 
 def fastest(points: Sequence[Point], budget: float) -> Point | None:

@@ -9,7 +9,7 @@ from fallow.engine.engine import Engine
 from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError
 
-_CALIBRATED, _VERIFIED = 6144, 24_576
+_CALIBRATED, _VERIFIED = 6144, 16_384
 """Tokens of the windows that price what may rest, and of those that verify it, each a few times;"""
 _FEWEST, _MOST = 3, 96
 """how many windows these are at least and at most. Half as many where the model writes them."""
