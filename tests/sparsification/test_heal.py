@@ -104,8 +104,8 @@ def test_what_cannot_be_healed_is_a_sentence(healed, tmp_path: Path):
 
 def test_what_is_verified_is_not_healed_with():
     windows = cut(list(range(95)), 10, "numbers")
-    assert windows.before == list(range(40))
-    assert windows.verified[0][0] == 40
+    assert [window[0] for window in windows.verified] == [10, 30, 50, 70]
+    assert windows.others == [list(range(start, start + 10)) for start in (0, 20, 40, 60, 80)]
 
 
 def test_the_model_writes_what_it_is_healed_with(tiny_checkpoints):

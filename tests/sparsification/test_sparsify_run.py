@@ -152,12 +152,23 @@ def test_needles_that_price_are_like_those_that_are_asked_but_others(smollm2_ggu
 
 @pytest.mark.parametrize(("context", "priced", "verified"), [(9000, 3, 3), (4000, 3, 4), (1000, 6, 16), (100, 61, 96)])
 def test_windows_for_calibration_are_kept_apart(context: int, priced: int, verified: int) -> None:
-    number = 2 * verified + 3
+    number = 4 * verified + 1
     windows = cut(list(range(number * context + context // 2)), context, "numbers")
-    starts = [window * context for window in range(number)]
-    assert windows.calibrated == [list(range(start, start + context)) for start in starts[:priced]]
-    assert windows.verified == [list(range(start, start + context)) for start in starts[-verified:]]
-    assert not set(itertools.chain(*windows.calibrated)) & set(itertools.chain(*windows.verified))
+    for found, count in ((windows.calibrated, priced), (windows.verified, verified)):
+        starts = [window[0] for window in found]
+        assert found == [list(range(start, start + context)) for start in starts]
+        assert len(found) == count
+        gaps = {(later - earlier) // context for earlier, later in itertools.pairwise(starts)}
+        assert max(gaps) - min(gaps) <= 2  # spread over the text
+        assert starts[-1] + (max(gaps) + 2) * context >= number * context
+    verified_tokens = set(itertools.chain(*windows.verified))
+    assert not verified_tokens & set(itertools.chain(*windows.calibrated))
+    assert set(itertools.chain(*windows.others)) == set(range(number * context)) - verified_tokens
+
+
+def test_few_windows_are_all_taken() -> None:
+    windows = cut(list(range(50)), 20, "numbers")
+    assert (windows.calibrated, windows.verified) == ([list(range(20))], [list(range(20, 40))])
 
 
 def test_the_model_writes_its_own_text(tiny_checkpoints: dict[str, Path]) -> None:

@@ -235,7 +235,7 @@ def _healed(
         costly = fastest(search.points(ALLOWANCE * budget), ALLOWANCE * budget)
         if costly is None or costly.resting == 0:
             raise FallowError(f"Nothing can rest at {ALLOWANCE:g} times the budget: leave the healing out.")
-        texts = [windows.before] if windows.before else _written(healing, judge.precision, judge.threads)
+        texts = windows.others or _written(healing, judge.precision, judge.threads)
         healing.begin(costly.plan, costly.price, texts)
     checkpoint, head_screen = healing.run(search.on_note, judge.progress), None
     if judge.head_screen is not None:

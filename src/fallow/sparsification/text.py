@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fallow.engine.engine import Engine
 from fallow.engine.sampling import SamplingParams
@@ -35,27 +36,34 @@ class Question:
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids of ``context`` each: ``calibrated`` prices what may rest, ``verified`` are kept from it. ``before`` is
-    all that stands before what is verified, in one piece; empty where the model has written the windows."""
+    """Token ids of ``context`` each: ``calibrated`` prices what may rest, ``verified`` are kept from it. ``others`` is
+    all that is not verified, in pieces; empty where the model has written the windows."""
 
     calibrated: list[list[int]]
     verified: list[list[int]]
-    before: Sequence[int] = ()
+    others: Sequence[list[int]] = ()
 
 
 def cut(ids: list[int], context: int, source: str) -> Windows:
-    """The first windows for calibration, the last ones for verification. Raises ``FallowError`` where there are not
-    two."""
+    """Every other window for calibration, those between for verification, and of either as many as are wanted, spread
+    over the whole text: it may be several, one after the other. Raises ``FallowError`` where there are not two."""
     windows = [ids[start : start + context] for start in range(0, len(ids) - context + 1, context)]
     if len(windows) < 2:
         raise FallowError(
             f"{source} has {len(ids):,} tokens: with a context of {context:,} at least {2 * context:,} are needed, "
             "half of them to verify the plan. Give more text, or a shorter context."
         )
-    half = len(windows) // 2
-    verified = windows[half:][-_count(_VERIFIED, context) :]
-    before = ids[: (len(windows) - len(verified)) * context]
-    return Windows(windows[:half][: _count(_CALIBRATED, context)], verified, before)
+    calibrated = _spread(range(0, len(windows), 2), _count(_CALIBRATED, context))
+    verified = _spread(range(1, len(windows), 2), _count(_VERIFIED, context))
+    ends = [-1, *verified, len(windows)]
+    others = [ids[(end + 1) * context : start * context] for end, start in pairwise(ends) if end + 1 < start]
+    return Windows([windows[i] for i in calibrated], [windows[i] for i in verified], others)
+
+
+def _spread(numbers: range, count: int) -> list[int]:
+    """``count`` of them, or all, as far apart as can be."""
+    count = min(count, len(numbers))
+    return [numbers[i * len(numbers) // count] for i in range(count)]
 
 
 def _count(tokens: int, context: int) -> int:
