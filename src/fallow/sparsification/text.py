@@ -11,9 +11,9 @@ from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError
 
 _CALIBRATED, _VERIFIED = 6144, 16_384
-"""Tokens of the windows that price what may rest, and of those that verify it, each a few times;"""
+"""How many tokens price what may rest, and how many verify it;"""
 _FEWEST, _MOST = 3, 96
-"""how many windows these are at least and at most. Half as many where the model writes them."""
+"""and how many windows either are at least and at most. Half as many where the model writes them."""
 _AT_ONCE = 8  # texts that the model writes to be healed with
 
 
