@@ -84,18 +84,16 @@ class Search:
         allowed = math.log1p(budget)
         price = price or allowed
         points: list[Point] = []
-        tried: list[tuple[float, float]] = []
         while True:
             chosen = self.menu.choose(price)
             plan, resting = self.menu.plan(chosen, self.start), self.menu.resting(chosen)
             excess = self.judge.nll(plan) - self.judge.dense_nll
             points.append(Point(resting, math.exp(excess), self.menu.speedup(chosen), plan, price))
             self.on_note(f"At rest: {self.menu.describe(chosen)}. Perplexity {math.expm1(excess):+.2%}.")
-            tried.append((price, excess))
-            is_last = len(tried) >= (_TRIES if min(cost for _, cost in tried) <= allowed else _MOST_TRIES)
+            is_last = len(points) >= (_TRIES if fastest(points, budget) else _MOST_TRIES)
             if _CLOSE * allowed <= excess <= allowed or resting == 0 or is_last:
                 return points
-            price = next_price(tried, allowed)
+            price = next_price([(point.price, math.log(point.perplexity_ratio)) for point in points], allowed)
 
     @property
     def nothing(self) -> Point:
