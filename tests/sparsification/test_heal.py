@@ -103,9 +103,10 @@ def test_what_cannot_be_healed_is_a_sentence(healed, tmp_path: Path):
 
 
 def test_what_is_verified_is_not_healed_with():
-    windows = cut(list(range(95)), 10, "numbers")
-    assert [window[0] for window in windows.verified] == [10, 30, 50, 70]
-    assert windows.others == [list(range(start, start + 10)) for start in (0, 20, 40, 60, 80)]
+    windows = cut([list(range(95)), list(range(100, 105)), list(range(200, 220))], 10, "numbers")
+    assert [window[0] for window in windows.verified] == [10, 30, 50, 70, 200]
+    others = (0, 10), (20, 30), (40, 50), (60, 70), (80, 95), (100, 105), (210, 220)
+    assert windows.others == [list(range(*ends)) for ends in others]
 
 
 def test_the_model_writes_what_it_is_healed_with(tiny_checkpoints):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import random
 import typing
 from dataclasses import replace
@@ -26,7 +27,7 @@ from fallow.sparsification.floor import Floor
 from fallow.sparsification.judge import Judge
 from fallow.sparsification.picture import PICTURES
 from fallow.sparsification.run import SparsifyResult, sparsify
-from fallow.sparsification.text import cut, written_by
+from fallow.sparsification.text import cut, windows_in, written_by
 from fallow.sparsification.vocabulary import head_rules
 
 CONTEXT = 448
@@ -90,6 +91,8 @@ def test_what_cannot_be_done_is_a_sentence_and_nothing_is_written(
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text('{"messages": [{"role": "user", "content": "What rests?"}]}')
     damaged = tmp_path / "damaged.txt"
     damaged.write_bytes(b"\xff\xfe\x00")
     out = tmp_path / "out"
@@ -98,7 +101,8 @@ def test_what_cannot_be_done_is_a_sentence_and_nothing_is_written(
         ({"budget": 0.0}, "between 0 and 1"),
         ({"context": 10_000}, "The context is 10000"),
         ({"context": 32}, "The context is 32"),
-        ({"text": short}, "at least 896 are needed"),
+        ({"text": short}, r"too little text for a context of 448 tokens: .* or a document of 896 tokens; .* have \d\."),
+        ({"text": chat}, "chat.jsonl, line 1: a text is expected here, but this is a conversation"),
         ({"text": damaged}, "not text in UTF-8"),
         ({"text": tmp_path / "nowhere.txt"}, "cannot be read"),
         ({"task": "arc_easy"}, "A task needs a floor"),
@@ -150,10 +154,12 @@ def test_needles_that_price_are_like_those_that_are_asked_but_others(smollm2_ggu
     assert Floor("capitals.yaml", 0.5, 300).questions(tokenizer) == []
 
 
-@pytest.mark.parametrize(("context", "priced", "verified"), [(9000, 3, 3), (4000, 3, 4), (1000, 6, 16), (100, 61, 96)])
+@pytest.mark.parametrize(
+    ("context", "priced", "verified"), [(9000, 6, 12), (1100, 6, 14), (500, 12, 32), (100, 61, 96)]
+)
 def test_windows_for_calibration_are_kept_apart(context: int, priced: int, verified: int) -> None:
     number = 4 * verified + 1
-    windows = cut(list(range(number * context + context // 2)), context, "numbers")
+    windows = cut([list(range(number * context + context // 2))], context, "numbers")
     for found, count in ((windows.calibrated, priced), (windows.verified, verified)):
         starts = [window[0] for window in found]
         assert found == [list(range(start, start + context)) for start in starts]
@@ -163,12 +169,24 @@ def test_windows_for_calibration_are_kept_apart(context: int, priced: int, verif
         assert starts[-1] + (max(gaps) + 2) * context >= number * context
     verified_tokens = set(itertools.chain(*windows.verified))
     assert not verified_tokens & set(itertools.chain(*windows.calibrated))
-    assert set(itertools.chain(*windows.others)) == set(range(number * context)) - verified_tokens
+    assert set(itertools.chain(*windows.others)) == set(range(number * context + context // 2)) - verified_tokens
 
 
 def test_few_windows_are_all_taken() -> None:
-    windows = cut(list(range(50)), 20, "numbers")
+    windows = cut([list(range(50))], 20, "numbers")
     assert (windows.calibrated, windows.verified) == ([list(range(20))], [list(range(20, 40))])
+
+
+def test_windows_lie_within_documents(smollm2_gguf: Path, tmp_path: Path) -> None:
+    """Of one that is shorter than a window nothing prices or verifies; documents are records of JSONL."""
+    path = tmp_path / "documents.jsonl"
+    texts = ["a b c d e f g h", "short", "i j k l m", "n o p q"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = load_tokenizer(smollm2_gguf)
+    windows, decode = windows_in(path, tokenizer, 4, lambda what, done, total: None), tokenizer.decode
+    assert [decode(window) for window in windows.calibrated] == ["a b c d", "i j k l"]
+    assert [decode(window) for window in windows.verified] == [" e f g h", "n o p q"]
+    assert [decode(piece) for piece in windows.others] == ["a b c d", "short", "i j k l m"]
 
 
 def test_the_model_writes_its_own_text(tiny_checkpoints: dict[str, Path]) -> None:

@@ -113,6 +113,17 @@ def open_source(name: str) -> Source:
     return Source(name, tuple(files))
 
 
+def texts_in(path: Path) -> Iterator[str]:
+    """The texts of a file's documents: those of the records of JSONL and Parquet, and all of any other file.
+
+    Raises ``FallowError`` as ``Source.documents`` does, and where a document is a conversation.
+    """
+    for document in Source(str(path), (path,)).documents():
+        if document.messages:
+            raise FallowError(f"{document.where}: a text is expected here, but this is a conversation.")
+        yield document.text
+
+
 def standard_library_files() -> list[Path]:
     """The standard library's modules on this machine: single files by name, then those in packages; no tests."""
     folder = Path(sysconfig.get_path("stdlib"))

@@ -14,7 +14,7 @@ import numpy as np
 from fallow.engine.engine import Engine
 from fallow.engine.runner import ModelRunner, Precision
 from fallow.errors import FallowError
-from fallow.files import decoded, replacing_folder
+from fallow.files import replacing_folder
 from fallow.models.checkpoint import open_checkpoint
 from fallow.models.decoder import Decoder
 from fallow.models.decoder_weights import load_decoder
@@ -35,7 +35,7 @@ from fallow.sparsification.page_choices import PageChoices
 from fallow.sparsification.picture import PICTURES, draw
 from fallow.sparsification.removal_choices import can_be_removed
 from fallow.sparsification.search import Menu, Point, Search, fastest
-from fallow.sparsification.text import Windows, cut, texts_of, written_by, written_to_heal
+from fallow.sparsification.text import Windows, texts_of, windows_in, written_by, written_to_heal
 from fallow.sparsification.vocabulary import OWN_TEXTS, fit_screen, head_rules, screens_head, spared_bytes
 from fallow.sparsification.weight_choices import groups_in_parts
 from fallow.terminal import Progress
@@ -94,13 +94,13 @@ def sparsify(
     """Find the plan that makes decoding ``batch`` sequences of ``context`` tokens fastest while perplexity on held-out
     text rises by no more than ``budget`` (0.01: one percent), and write the model with it to the folder ``out``.
 
-    ``text`` is a file; half of its windows price what may rest, the others verify. None: the model writes it. With
-    ``heal`` the weights are tuned under a plan that costs more, by so many tokens, and what they bear then is searched;
-    all is relative to the model as it was. The folder ``out`` with ``.healing`` after its name holds what it takes
-    meanwhile, so that a killed call goes on. With ``task``, a task of lm-eval, its file, or ``needle``, a plan must
-    also reach an accuracy of ``floor`` (0 to 1) in its first ``limit`` questions, or documents at each depth; needles
-    in other documents price pages too. With ``remove`` heads and neurons may be taken out for good. Raises
-    ``FallowError``.
+    ``text`` is a file of text, or of documents (JSONL, Parquet); of the windows within these half price what may rest,
+    the others verify. None: the model writes it. With ``heal`` the weights are tuned under a plan that costs more, by
+    so many tokens, and what they bear then is searched; all is relative to the model as it was. The folder ``out`` with
+    ``.healing`` after its name holds what it takes meanwhile, so that a killed call goes on. With ``task``, a task of
+    lm-eval, its file, or ``needle``, a plan must also reach an accuracy of ``floor`` (0 to 1) in its first ``limit``
+    questions, or documents at each depth; needles in other documents price pages too. With ``remove`` heads and neurons
+    may be taken out for good. Raises ``FallowError``.
     """
     folder = Path(out)
     if folder.exists():
@@ -129,7 +129,7 @@ def sparsify(
         raise FallowError("Every layer of the model has a window of its own, and nothing else of it can rest.")
     source, own_texts = "text of its own", []
     if text is not None:
-        source, windows = Path(text).name, _windows_of(path, Path(text), context)
+        source, windows = Path(text).name, windows_in(Path(text), load_tokenizer(path), context, progress)
     provenance = {
         "made_by": "fallow sparsify",
         "calibrated_on": source,
@@ -260,15 +260,6 @@ def _check_context(checkpoint: Checkpoint, context: int) -> None:
     longest = longest_context(checkpoint.config.rope, checkpoint.config.max_position_embeddings) - ModelRunner.page_size
     if not ModelRunner.page_size < context <= longest:
         raise FallowError(f"The context is {context}: take one from {ModelRunner.page_size + 1} to {longest}.")
-
-
-def _windows_of(model: Path, text: Path, context: int) -> Windows:
-    try:
-        content = decoded(text.read_bytes(), text)
-    except OSError as error:
-        raise FallowError(f"{text} cannot be read: {error.strerror}.") from error
-    ids = load_tokenizer(model).encode(content, add_special_tokens=False, allow_special=False)
-    return cut(ids, context, str(text))
 
 
 def _digest(checkpoint: Checkpoint) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from pathlib import Path
 
+from fallow.data.sources import texts_in
 from fallow.engine.engine import Engine
 from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError
+from fallow.models.tokenizer import Tokenizer
+from fallow.terminal import Progress
 
 _CALIBRATED, _VERIFIED = 6144, 16_384
 """How many tokens price what may rest, and how many verify it;"""
-_FEWEST, _MOST = 3, 96
-"""and how many windows either are at least and at most. Half as many where the model writes them."""
+_FEWEST_CALIBRATED, _FEWEST_VERIFIED, _MOST = 6, 12, 96
+"""and how many windows these are at least and at most: texts are unlike each other. Half as many where the model writes
+them."""
 _AT_ONCE = 8  # texts that the model writes to be healed with
 
 
@@ -44,20 +48,49 @@ class Windows:
     others: Sequence[list[int]] = ()
 
 
-def cut(ids: list[int], context: int, source: str) -> Windows:
+def windows_in(path: Path, tokenizer: Tokenizer, context: int, progress: Progress) -> Windows:
+    """Of the file's documents. Raises ``FallowError`` as ``texts_in`` and ``cut`` do."""
+    documents: list[list[int]] = []
+    for text in texts_in(path):
+        documents.append(tokenizer.encode(text, add_special_tokens=False, allow_special=False))
+        progress("reading documents", len(documents), None)
+    return cut(documents, context, str(path))
+
+
+def cut(documents: Sequence[list[int]], context: int, source: str) -> Windows:
     """Every other window for calibration, those between for verification, and of either as many as are wanted, spread
-    over the whole text: it may be several, one after the other. Raises ``FallowError`` where there are not two."""
-    windows = [ids[start : start + context] for start in range(0, len(ids) - context + 1, context)]
-    if len(windows) < 2:
+    over all documents; none reaches over the end of one. Raises ``FallowError`` where there are not two."""
+    places = [
+        (number, start) for number, ids in enumerate(documents) for start in range(0, len(ids) - context + 1, context)
+    ]
+    if len(places) < 2:
+        tokens = ", ".join(f"{len(ids):,}" for ids in sorted(documents, key=len, reverse=True)[:2])
         raise FallowError(
-            f"{source} has {len(ids):,} tokens: with a context of {context:,} at least {2 * context:,} are needed, "
-            "half of them to verify the plan. Give more text, or a shorter context."
+            f"{source} has too little text for a context of {context:,} tokens: two windows of as many are needed, "
+            f"one of them to verify the plan, or a document of {2 * context:,} tokens; its longest have {tokens}. Give "
+            "more text, or a shorter context."
         )
-    calibrated = _spread(range(0, len(windows), 2), _count(_CALIBRATED, context))
-    verified = _spread(range(1, len(windows), 2), _count(_VERIFIED, context))
-    ends = [-1, *verified, len(windows)]
-    others = [ids[(end + 1) * context : start * context] for end, start in pairwise(ends) if end + 1 < start]
-    return Windows([windows[i] for i in calibrated], [windows[i] for i in verified], others)
+    calibrated = _spread(range(0, len(places), 2), _calibrated(context))
+    verified = _spread(range(1, len(places), 2), _verified(context))
+    kept = {places[i] for i in verified}
+
+    def window(place: int) -> list[int]:
+        number, start = places[place]
+        return documents[number][start : start + context]
+
+    others = [
+        piece
+        for number, ids in enumerate(documents)
+        for piece in _between(ids, [start for start in range(0, len(ids), context) if (number, start) in kept], context)
+    ]
+    return Windows([window(place) for place in calibrated], [window(place) for place in verified], others)
+
+
+def _between(ids: list[int], starts: Sequence[int], context: int) -> Iterator[list[int]]:
+    """What windows of ``ids`` that begin at ``starts`` leave, in pieces."""
+    for end, start in zip([0, *(start + context for start in starts)], [*starts, len(ids)], strict=True):
+        if end < start:
+            yield ids[end:start]
 
 
 def _spread(numbers: range, count: int) -> list[int]:
@@ -66,13 +99,17 @@ def _spread(numbers: range, count: int) -> list[int]:
     return [numbers[i * len(numbers) // count] for i in range(count)]
 
 
-def _count(tokens: int, context: int) -> int:
-    return min(max(tokens // context, _FEWEST), _MOST)
+def _calibrated(context: int) -> int:
+    return min(max(_CALIBRATED // context, _FEWEST_CALIBRATED), _MOST)
+
+
+def _verified(context: int) -> int:
+    return min(max(_VERIFIED // context, _FEWEST_VERIFIED), _MOST)
 
 
 def written_by(engine: Engine, context: int) -> Windows:
     """Windows that the model writes from the beginning of a text, at temperature 1."""
-    calibrated, verified = (-(-_count(tokens, context) // 2) for tokens in (_CALIBRATED, _VERIFIED))
+    calibrated, verified = -(-_calibrated(context) // 2), -(-_verified(context) // 2)
     windows = texts_of(engine, calibrated + verified, context)
     return Windows(windows[:calibrated], windows[calibrated:])
 
