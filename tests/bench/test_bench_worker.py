@@ -20,7 +20,7 @@ from fallow.bench.pool import WorkerPool, start_worker
 from fallow.bench.quality import QualityText, measure_quality
 from fallow.bench.worker import Timeline, random_prompts
 from fallow.errors import FallowError
-from fallow.evaluate.perplexity import perplexity
+from fallow.evaluate.perplexity import perplexity, token_windows
 from fallow.meter.energy import EnergyMeter
 from fallow.models.tokenizer import load_tokenizer
 
@@ -190,7 +190,7 @@ def test_a_worker_gives_the_perplexity_of_the_very_windows(variant: Variant, tmp
             on_failure=lambda variant, error: pytest.fail(str(error)),
         )
     runner = ModelRunner(open_checkpoint(variant.model), num_pages=8, threads=1)
-    expected = perplexity(runner, tokenizer, TEXT, window=128, max_tokens=700)
+    expected = perplexity(runner, tokenizer, token_windows(tokenizer, TEXT, window=128, max_tokens=700))
     runner.close()
     assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-9)
     assert (found.tokens, found.window, found.text) == (expected.tokens, 128, "this file")

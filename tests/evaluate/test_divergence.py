@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from fallow.errors import FallowError
-from fallow.evaluate.divergence import divergence
+from fallow.evaluate.divergence import Divergence, divergence
 
 VOCABULARY = 97
 
@@ -45,7 +45,23 @@ def test_it_is_the_mean_over_the_places_that_predict(scale: float) -> None:
     places = [token for text in texts for token in text[:-1]]
     p, q = (np.log(softmax(table[places].astype(np.float64))) for table in (dense, sparse))
     expected = (np.exp(p) * (p - q)).sum(1).mean()
-    assert divergence(Known(dense), Known(sparse), texts) == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    following = [token for text in texts for token in text[1:]]
+    lost = (p - q)[range(len(places)), following].mean()
+    found = divergence(Known(dense), Known(sparse), texts)
+    assert found.nats == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    assert found.perplexity_ratio == pytest.approx(np.exp(lost), rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_the_last_places_of_windows_alone(rows: int) -> None:
+    """As if each place were a window of its own, as the tokens of ``Known`` don't look back."""
+    dense, sparse = tables(0.1)
+    texts = windows(2, 17, 6)
+    last = [text[place - 1 : place + 1] for text in texts for place in range(max(len(text) - 3, 1), len(text))]
+    expected = divergence(Known(dense), Known(sparse), last)
+    found = divergence(Known(dense, rows), Known(sparse, rows), texts, last=3)
+    assert found.nats == pytest.approx(expected.nats, rel=1e-6)
+    assert found.perplexity_ratio == pytest.approx(expected.perplexity_ratio, rel=1e-6)
 
 
 def softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -55,8 +71,9 @@ def softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def test_a_model_does_not_diverge_from_itself_or_from_itself_moved_up() -> None:
     dense, _ = tables(1.0)
-    assert divergence(Known(dense), Known(dense), windows(30)) == 0
-    assert divergence(Known(dense), Known(dense + 8), windows(30)) == pytest.approx(0, abs=1e-6)
+    assert divergence(Known(dense), Known(dense), windows(30)) == Divergence(0, 1)
+    moved = divergence(Known(dense), Known(dense + 8), windows(30))
+    assert (moved.nats, moved.perplexity_ratio) == pytest.approx((0, 1), abs=1e-6)
 
 
 def test_logits_that_are_no_numbers_are_refused() -> None:

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from fallow.errors import FallowError
-from fallow.evaluate.perplexity import perplexity, token_windows
+from fallow.evaluate.perplexity import perplexity, token_windows, windows_of
 from fallow.evaluate.text import standard_library_text, undo_wikitext_marks
 from fallow.models.tokenizer import Tokenizer
 
@@ -37,14 +37,12 @@ def byte_tokenizer(*, with_bos: bool) -> Tokenizer:
 class Uniform:
     """Every token of ``vocab_size`` is as likely as any other."""
 
-    def __init__(self, vocab_size: int, max_context: int = 8192) -> None:
+    def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self.max_context = max_context
         self.seen: list[list[int]] = []
 
     def score(self, tokens: npt.ArrayLike) -> npt.NDArray[np.float32]:
         ids = np.asarray(tokens)
-        assert len(ids) <= self.max_context
         self.seen.append(ids.tolist())
         return np.full(len(ids) - 1, -math.log(self.vocab_size), np.float32)
 
@@ -59,7 +57,7 @@ class Positional(Uniform):
 def test_a_uniform_model_is_as_perplexed_as_it_has_tokens() -> None:
     tokenizer = byte_tokenizer(with_bos=False)
     model = Uniform(300)
-    result = perplexity(model, tokenizer, TEXT, window=64)
+    result = perplexity(model, tokenizer, token_windows(tokenizer, TEXT, window=64))
     length = len(TEXT.encode())
     assert [token for tokens in model.seen for token in tokens] == tokenizer.encode(TEXT)
     assert result.tokens == length - math.ceil(length / 64)
@@ -69,10 +67,36 @@ def test_a_uniform_model_is_as_perplexed_as_it_has_tokens() -> None:
 
 
 def test_every_token_but_the_first_of_a_window_is_scored_by_what_is_before_it_in_the_window() -> None:
-    result = perplexity(Positional(0), byte_tokenizer(with_bos=False), "x" * 10, window=4)
+    tokenizer = byte_tokenizer(with_bos=False)
+    result = perplexity(Positional(0), tokenizer, token_windows(tokenizer, "x" * 10, window=4))
     expected = 2 * (math.log(2) + math.log(3) + math.log(4)) + math.log(2)  # windows of 4, 4 and 2
     assert result.tokens == 7
     assert result.nll == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_last_tokens_of_whole_windows_alone_are_scored() -> None:
+    tokenizer = byte_tokenizer(with_bos=False)
+    windows = windows_of(tokenizer, ["x" * 10, "yy", "é" * 4], window=4, last=2)
+    assert list(map(tokenizer.decode, windows)) == ["xxxx", "xxxx", "éé", "éé"]
+    result = perplexity(Positional(0), tokenizer, windows, last=2)
+    assert result.tokens == 8
+    assert result.nll == pytest.approx(4 * (math.log(3) + math.log(4)), rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(result.nll / math.log(2) / 8, rel=1e-6)
+    for last, message in ((4, "a window has 4"), (0, "a window has 4")):
+        with pytest.raises(FallowError, match=message):
+            windows_of(tokenizer, ["x" * 10], window=4, last=last)
+    with pytest.raises(FallowError, match="No document has a window of 40 tokens, the longest 10: give longer ones"):
+        windows_of(tokenizer, ["x" * 10], window=40, last=2)
+
+
+def test_windows_of_documents_end_with_them_and_a_limit_spreads_over_all() -> None:
+    tokenizer = byte_tokenizer(with_bos=False)
+    texts = ["aaaabb", "c", "dddd", "eee"]
+    assert list(map(tokenizer.decode, windows_of(tokenizer, texts, window=4))) == ["aaaa", "bb", "dddd", "eee"]
+    assert list(map(tokenizer.decode, windows_of(tokenizer, texts, window=4, limit=2))) == ["aaaa", "dddd"]
+    assert len(windows_of(tokenizer, texts, window=4, limit=9)) == 4
+    with pytest.raises(FallowError, match="two tokens"):
+        windows_of(tokenizer, ["a", "b"])
 
 
 def test_windows_begin_with_bos_only_where_the_tokenizer_adds_it() -> None:
@@ -90,14 +114,14 @@ def test_special_tokens_in_a_text_are_plain_characters() -> None:
     assert len(tokens) == 7
 
 
-def test_a_window_is_no_longer_than_the_context_and_max_tokens_bounds_the_text() -> None:
-    model = Uniform(300, max_context=16)
+def test_max_tokens_bounds_the_text() -> None:
+    model = Uniform(300)
     lengths: list[tuple[int, int | None]] = []
+    tokenizer = byte_tokenizer(with_bos=False)
     result = perplexity(
         model,
-        byte_tokenizer(with_bos=False),
-        TEXT,
-        max_tokens=40,
+        tokenizer,
+        token_windows(tokenizer, TEXT, window=16, max_tokens=40),
         progress=lambda what, done, total: lengths.append((done, total)),
     )
     assert [len(tokens) for tokens in model.seen] == [16, 16, 8]
@@ -108,17 +132,17 @@ def test_a_window_is_no_longer_than_the_context_and_max_tokens_bounds_the_text()
 @pytest.mark.parametrize("text", ["", "a"])
 def test_a_text_without_a_second_token_is_refused(text: str) -> None:
     with pytest.raises(FallowError, match="two tokens"):
-        perplexity(Uniform(300), byte_tokenizer(with_bos=False), text)
+        token_windows(byte_tokenizer(with_bos=False), text)
 
 
 def test_a_window_without_a_second_token_is_refused() -> None:
     with pytest.raises(FallowError, match="window is 1"):
-        perplexity(Uniform(300), byte_tokenizer(with_bos=False), TEXT, window=1)
+        token_windows(byte_tokenizer(with_bos=False), TEXT, window=1)
 
 
 def test_log_probabilities_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(FallowError, match="not finite"):
-        perplexity(Broken(300), byte_tokenizer(with_bos=False), TEXT)
+        perplexity(Broken(300), byte_tokenizer(with_bos=False), [[2, 3]])
 
 
 class Broken(Uniform):

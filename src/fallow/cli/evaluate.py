@@ -23,15 +23,23 @@ def evaluate(
         str,
         typer.Argument(
             metavar="TEXT|needle|TASK",
-            help="A text file in UTF-8, - for stdin; numbers hidden in long documents; a task of lm-eval, or its file.",
+            help="A file of text in UTF-8 or of documents (JSONL, Parquet), - for stdin; numbers hidden in long "
+            "documents; a task of lm-eval, or its file.",
         ),
     ],
     window: Annotated[int, typer.Option(min=2, help="Tokens of TEXT that are scored together.")] = 1024,
+    last: Annotated[
+        int | None,
+        typer.Option(min=1, show_default="all", help="Score only so many tokens at the end of each whole window."),
+    ] = None,
     context: Annotated[
         int | None, typer.Option(min=1, show_default="the model's", help="Tokens of a document with a needle.")
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Needles at each depth.")] = TRIALS,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of a TASK at most.", show_default="all")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Questions of a TASK at most, or windows spread over TEXT.", show_default="all"),
+    ] = None,
     shots: Annotated[
         int | None, typer.Option(min=0, help="Solved examples before a question.", show_default="the task's")
     ] = None,
@@ -47,17 +55,24 @@ def evaluate(
     elif text.endswith((".yaml", ".yml")) or (text != "-" and "." not in text and not Path(text).exists()):
         _solve(model, text, limit, shots, dense, precision, threads, json)
     else:
-        _score(model, text, window, dense, precision, threads, json)
+        _score(model, text, window, last, limit, dense, precision, threads, json)
 
 
 def _score(
-    model: str, text: str, window: int, is_dense: bool, precision: Precision, threads: Threads, json: bool
+    model: str,
+    text: str,
+    window: int,
+    last: int | None,
+    limit: int | None,
+    is_dense: bool,
+    precision: Precision,
+    threads: Threads,
+    json: bool,
 ) -> None:
-    content = read_text(text)
-
+    from fallow.data.sources import texts_in
     from fallow.engine.runner import ModelRunner
     from fallow.evaluate.divergence import divergence
-    from fallow.evaluate.perplexity import perplexity, token_windows
+    from fallow.evaluate.perplexity import perplexity, windows_of
     from fallow.models.checkpoint import open_checkpoint
     from fallow.models.rope import longest_context
     from fallow.models.tokenizer import load_tokenizer
@@ -67,27 +82,31 @@ def _score(
     with spinner(f"Loading {model}"):
         tokenizer, checkpoint = load_tokenizer(path), open_checkpoint(path)
         tokenizer.check_vocabulary(checkpoint.config.vocab_size, model)
-        longest = min(window, longest_context(checkpoint.config.rope, checkpoint.config.max_position_embeddings))
-        pages = -(-longest // ModelRunner.page_size)
+        window = min(window, longest_context(checkpoint.config.rope, checkpoint.config.max_position_embeddings))
+        texts = [read_text(text)] if text == "-" else texts_in(Path(text))
+        windows = windows_of(tokenizer, texts, window=window, last=last, limit=limit)
+        pages = -(-window // ModelRunner.page_size)
         plan = plan_of(is_dense) or SparsityPlan.beside(path) or SparsityPlan.dense()
 
         def runner_of(plan: SparsityPlan) -> ModelRunner:
             return ModelRunner(checkpoint, precision=precision, threads=threads, num_pages=pages, plan=plan)
 
         runner = runner_of(plan)
-    kl_to_dense = None
+    found = None
     with closing(runner), progress(unit="tokens") as bar:
-        result = perplexity(runner, tokenizer, content, window=window, progress=bar)
+        result = perplexity(runner, tokenizer, windows, last=last, progress=bar)
         if not plan.is_dense:
-            windows = token_windows(tokenizer, content, window=min(window, runner.max_context))
             with closing(runner_of(SparsityPlan.dense())) as dense:
-                kl_to_dense = divergence(dense, runner, windows, progress=bar)
+                found = divergence(dense, runner, windows, last=last, progress=bar)
     fields = {"model": model, "text": text, "tokens": result.tokens}
     fields |= {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
     if json:
-        print_json({**fields, "kl_to_dense": kl_to_dense, "accuracy": None})
+        kl_to_dense, ratio = (None, None) if found is None else (found.nats, found.perplexity_ratio)
+        print_json({**fields, "kl_to_dense": kl_to_dense, "perplexity_ratio": ratio, "accuracy": None})
+    elif found is None:
+        print_fields(fields)
     else:
-        print_fields(fields if kl_to_dense is None else {**fields, "kl_to_dense": kl_to_dense})
+        print_fields({**fields, "kl_to_dense": found.nats, "over_dense": f"{found.perplexity_ratio - 1:+.2%}"})
 
 
 def _find_needles(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -22,39 +23,60 @@ class Distribution(Protocol):
     def logit_blocks(self, tokens: npt.ArrayLike) -> Iterator[Float32]: ...
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """``nats`` a token of Kullback-Leibler divergence, and the perplexity of what was scored over that of the dense
+    model."""
+
+    nats: float
+    perplexity_ratio: float
+
+
 def divergence(
     dense: Distribution,
     sparse: Distribution,
     windows: Sequence[Sequence[int]],
     *,
+    last: int | None = None,
     progress: Progress = lambda what, done, total: None,
-) -> float:
-    """The Kullback-Leibler divergence of ``sparse`` from ``dense``, KL(dense || sparse), in nats a token: the mean over
-    the places of ``windows`` where a token is predicted, each of which sees its window before it.
+) -> Divergence:
+    """How far ``sparse`` is from ``dense``, KL(dense || sparse): the mean over the places of ``windows`` where a token
+    is predicted, or one of the ``last`` of its window, each of which sees its window before it.
 
     Raises ``FallowError`` where logits are not finite."""
-    total, places, done = 0.0, 0, 0
+    nats, excess, places, done = 0.0, 0.0, 0, 0
     for tokens in windows:
-        before = tokens[:-1]
-        for expected, found in zip(dense.logit_blocks(before), sparse.logit_blocks(before), strict=True):
-            total += float(_rowwise(expected, found).sum())
-            places += len(expected)
+        ids = np.asarray(tokens)
+        place, first = 0, 0 if last is None else max(len(ids) - 1 - last, 0)
+        for expected, found in zip(dense.logit_blocks(ids[:-1]), sparse.logit_blocks(ids[:-1]), strict=True):
+            skipped = max(first - place, 0)
+            following = ids[place + 1 + skipped : place + 1 + len(expected)]
+            if len(following):
+                diverged, lost = _rowwise(expected[skipped:], found[skipped:], following)
+                nats += float(diverged.sum())
+                excess += float(lost.sum())
+                places += len(following)
+            place += len(expected)
         done += len(tokens)
         progress("comparing with dense", done, sum(map(len, windows)))
-    if not math.isfinite(total):
+    if not (math.isfinite(nats) and math.isfinite(excess)):
         raise FallowError("The model's logits are not finite: its weights are damaged.")
-    return max(total / places, 0.0)
+    return Divergence(max(nats / places, 0.0), math.exp(min(excess / places, 700.0)))
 
 
-def _rowwise(expected: Float32, found: Float32) -> npt.NDArray[np.float64]:
+def _rowwise(
+    expected: Float32, found: Float32, following: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Of each row KL(expected || found): with p the softmax of expected, the mean under p of the difference of logits,
-    less the difference of the logarithms of their sums."""
+    less the difference of the logarithms of their sums. And by how much more likely ``expected`` finds the token
+    ``following``, in nats."""
     p = expected - expected.max(1, keepdims=True)
     q = found - found.max(1, keepdims=True)
     difference = p - q
+    lost = difference[np.arange(len(following)), following].astype(np.float64)
     np.exp(p, out=p)
     sums = p.sum(1, dtype=np.float64)
     mean = np.einsum("rv,rv->r", p, difference, dtype=np.float64) / sums
     np.exp(q, out=q)
-    result: npt.NDArray[np.float64] = mean - np.log(sums) + np.log(q.sum(1, dtype=np.float64))
-    return result
+    scale: npt.NDArray[np.float64] = np.log(q.sum(1, dtype=np.float64)) - np.log(sums)
+    return mean + scale, lost + scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from fallow.arrays import Float32
 from fallow.errors import FallowError
-from fallow.evaluate.text import undo_wikitext_marks
+from fallow.evaluate.text import spread, undo_wikitext_marks
 from fallow.models.tokenizer import Tokenizer
 from fallow.terminal import Progress
 
@@ -22,9 +22,7 @@ DEFAULT_WINDOW = 1024
 
 
 class Scorer(Protocol):
-    """What is needed of a ``ModelRunner``: its context in tokens, and log-probabilities ``[T - 1]`` of ``T`` tokens."""
-
-    max_context: int
+    """What is needed of a ``ModelRunner``: log-probabilities ``[T - 1]`` of ``T`` tokens."""
 
     def score(self, tokens: npt.ArrayLike) -> Float32: ...
 
@@ -51,6 +49,42 @@ def token_windows(
 
     Raises ``FallowError`` where the text has fewer than two tokens.
     """
+    windows = _cut(tokenizer, text, window, max_tokens)
+    if not windows:
+        raise FallowError("The text is too short for a perplexity: give at least two tokens.")
+    return windows
+
+
+def windows_of(
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    *,
+    window: int = DEFAULT_WINDOW,
+    last: int | None = None,
+    limit: int | None = None,
+) -> list[list[int]]:
+    """Those of ``token_windows`` of each text, or ``limit`` of them, evenly spread; a text of fewer than two tokens has
+    none. Where the ``last`` tokens of each are to be scored, those that are shorter than ``window`` are left out.
+
+    Raises ``FallowError`` where there is none, or where ``last`` tokens with one before them are more than a window.
+    """
+    if last is not None and not 0 < last < window:
+        raise FallowError(f"The last {last:,} tokens of a window cannot be scored: a window has {window:,}.")
+    windows = [tokens for text in texts for tokens in _cut(tokenizer, text, window, None)]
+    if last is not None and windows:
+        longest = max(map(len, windows))
+        windows = [tokens for tokens in windows if len(tokens) == window]
+        if not windows:
+            raise FallowError(
+                f"No document has a window of {window:,} tokens, the longest {longest:,}: give longer ones, or a "
+                "shorter window."
+            )
+    if not windows:
+        raise FallowError("The text is too short for a perplexity: give at least two tokens.")
+    return spread(windows, len(windows) if limit is None else limit)
+
+
+def _cut(tokenizer: Tokenizer, text: str, window: int, max_tokens: int | None) -> list[list[int]]:
     if window < 2:
         raise FallowError(f"window is {window}: a window needs at least 2 tokens.")
     ids = tokenizer.encode(undo_wikitext_marks(text), add_special_tokens=False, allow_special=False)[:max_tokens]
@@ -58,43 +92,42 @@ def token_windows(
     begin = [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
     step = window - len(begin)
     windows = [begin + ids[start : start + step] for start in range(0, len(ids), step)]
-    windows = [tokens for tokens in windows if len(tokens) > 1]
-    if not windows:
-        raise FallowError("The text is too short for a perplexity: give at least two tokens.")
-    return windows
+    return [tokens for tokens in windows if len(tokens) > 1]
 
 
 def perplexity(
     runner: Scorer,
     tokenizer: Tokenizer,
-    text: str,
+    windows: Sequence[Sequence[int]],
     *,
-    window: int = DEFAULT_WINDOW,
-    max_tokens: int | None = None,
+    last: int | None = None,
     progress: Progress | None = None,
 ) -> PerplexityResult:
-    """Perplexity of ``text`` over the windows of ``token_windows``; a window is shortened to the model's context.
+    """Perplexity over ``windows`` of token ids, of all tokens but the first of each, or of the ``last`` ones.
 
-    ``progress`` is called with what is being done, tokens done, and tokens in all. Raises as ``token_windows`` does,
-    and ``FallowError`` where the model's logits are not finite.
+    ``progress`` is called with what is being done, tokens done, and tokens in all. Raises ``FallowError`` where the
+    model's logits are not finite.
     """
-    windows = token_windows(tokenizer, text, window=min(window, runner.max_context), max_tokens=max_tokens)
     total = sum(map(len, windows))
     nll, done = 0.0, 0
     for tokens in windows:
-        nll -= float(np.sum(runner.score(tokens), dtype=np.float64))
+        nll -= float(np.sum(runner.score(tokens)[-last if last else 0 :], dtype=np.float64))
         done += len(tokens)
         if progress is not None:
             progress("scoring", done, total)
-    return result_of(tokenizer, windows, nll)
+    return result_of(tokenizer, windows, nll, last)
 
 
-def result_of(tokenizer: Tokenizer, windows: Sequence[Sequence[int]], nll: float) -> PerplexityResult:
-    """The result for windows whose scored tokens have the negative log-likelihood ``nll`` (nats) in all."""
+def result_of(
+    tokenizer: Tokenizer, windows: Sequence[Sequence[int]], nll: float, last: int | None = None
+) -> PerplexityResult:
+    """The result for windows whose scored tokens, all but the first or the ``last``, have the negative log-likelihood
+    ``nll`` (nats) in all."""
     if not math.isfinite(nll):
         raise FallowError("The model's log-probabilities are not finite: its weights are damaged.")
-    count = sum(len(tokens) - 1 for tokens in windows)
-    scored_bytes = sum(len(tokenizer.token_bytes[token]) for tokens in windows for token in tokens[1:])
+    scored = [tokens[-last if last else 1 :] for tokens in windows]
+    count = sum(map(len, scored))
+    scored_bytes = sum(len(tokenizer.token_bytes[token]) for tokens in scored for token in tokens)
     return PerplexityResult(
         tokens=count,
         perplexity=math.exp(min(nll / count, 700.0)),

@@ -1,12 +1,22 @@
-"""Texts for measuring: the marks of WikiText undone, and a text that every machine has."""
+"""Texts for measuring: some of many, the marks of WikiText undone, and a text that every machine has."""
 
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 # WikiText's word-level form splits words and numbers at these (Merity et al., arXiv 1609.07843).
 _WIKITEXT_MARKS = {" @-@ ": "-", " @,@ ": ",", " @.@ ": "."}
+
+
+def spread(items: Sequence[_T], count: int) -> list[_T]:
+    """``count`` of them, or all, as far apart as can be."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def undo_wikitext_marks(text: str) -> str:

@@ -10,6 +10,7 @@ from fallow.data.sources import texts_in
 from fallow.engine.engine import Engine
 from fallow.engine.sampling import SamplingParams
 from fallow.errors import FallowError
+from fallow.evaluate.text import spread
 from fallow.models.tokenizer import Tokenizer
 from fallow.terminal import Progress
 
@@ -70,8 +71,8 @@ def cut(documents: Sequence[list[int]], context: int, source: str) -> Windows:
             f"one of them to verify the plan, or a document of {2 * context:,} tokens; its longest have {tokens}. Give "
             "more text, or a shorter context."
         )
-    calibrated = _spread(range(0, len(places), 2), _calibrated(context))
-    verified = _spread(range(1, len(places), 2), _verified(context))
+    calibrated = spread(range(0, len(places), 2), _calibrated(context))
+    verified = spread(range(1, len(places), 2), _verified(context))
     kept = {places[i] for i in verified}
 
     def window(place: int) -> list[int]:
@@ -91,12 +92,6 @@ def _between(ids: list[int], starts: Sequence[int], context: int) -> Iterator[li
     for end, start in zip([0, *(start + context for start in starts)], [*starts, len(ids)], strict=True):
         if end < start:
             yield ids[end:start]
-
-
-def _spread(numbers: range, count: int) -> list[int]:
-    """``count`` of them, or all, as far apart as can be."""
-    count = min(count, len(numbers))
-    return [numbers[i * len(numbers) // count] for i in range(count)]
 
 
 def _calibrated(context: int) -> int:
