@@ -67,15 +67,14 @@ def _layer_errors(layer: Layer, x: Tensor, tokens: Tensor, rope: Rope, queries: 
         for i, head in enumerate(q[0].reshape(kv_heads, -1, len(queries), layer.head_dim))
     ]
     exact = [head.reading_all() for head in heads]  # [queries, group * head_dim] each
-    stream = x[0, queries]
-    dense = layer.attention_post_norm(layer.o_proj(torch.cat(exact, -1)))
-    size = stream_size(stream + dense)
+    projected = layer.o_proj(torch.cat(exact, -1))
+    dense = layer.attention_post_norm(projected)
+    size = stream_size(x[0, queries] + dense)
     errors = torch.zeros(kv_heads, len(COUNTS), dtype=torch.float64)
-    for i, head in enumerate(heads):
+    for i, (head, columns) in enumerate(zip(heads, layer.o_proj.weight.chunk(kv_heads, 1), strict=True)):
         for j, pages in enumerate(COUNTS):
-            attended = torch.cat([*exact[:i], head.reading(pages), *exact[i + 1 :]], -1)
-            error = layer.attention_post_norm(layer.o_proj(attended)) - dense
-            errors[i, j] = relative_error(error, size)
+            changed = F.linear(head.reading(pages) - exact[i], columns)
+            errors[i, j] = relative_error(layer.attention_post_norm(projected + changed) - dense, size)
     return errors
 
 
@@ -93,11 +92,11 @@ class _HeadPages:
         values = F.pad(v, (0, 0, 0, short)).view(pages, PAGE_SIZE, -1)
         sums = torch.einsum("gqpt,ptd->gqpd", by_page, values)
         parts = torch.cat((sums, by_page.sum(-1, keepdim=True)), -1)  # [group, queries, pages, head_dim + 1]
-        self._always = (parts * always[..., None]).sum(2)
+        self._always = torch.einsum("gqpd,qp->gqd", parts, always.float())
         self._all = parts.sum(2)
-        ranked = masses.argsort(dim=-1, descending=True, stable=True)[None, :, :, None].expand_as(parts)
-        chosen = (parts * (masses >= 0)[..., None]).gather(2, ranked)
-        self._chosen = chosen[:, :, : max(COUNTS)].cumsum(2)
+        best, ranked = (x[:, : max(COUNTS)] for x in masses.sort(dim=-1, descending=True, stable=True))
+        chosen = parts.gather(2, ranked[None, :, :, None].expand(len(parts), -1, -1, parts.shape[-1]))
+        self._chosen = (chosen * (best >= 0)[..., None]).cumsum(2)
 
     def reading(self, pages: int) -> Tensor:
         """What the heads attend to with so many pages, ``[queries, group * head_dim]``."""
