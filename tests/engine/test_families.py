@@ -62,3 +62,13 @@ def test_scores_are_the_log_softmax_of_the_logits(tiny_checkpoints: dict[str, Pa
     )
     expected = log_softmax[np.arange(149), tokens[1:]]
     np.testing.assert_allclose(runner.score(tokens), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [1, 37, 38, 149, 150])
+def test_the_last_rows_are_those_of_all(first: int, tiny_checkpoints: dict[str, Path]) -> None:
+    tokens = np.random.default_rng().integers(0, 320, 150)
+    runner = ModelRunner(open_checkpoint(tiny_checkpoints["llama"]), num_pages=16, threads=2)
+    assert np.array_equal(runner.score(tokens, first=first, chunk=37), runner.score(tokens)[first - 1 :])
+    if first < 150:
+        rows = np.concatenate(list(runner.logit_blocks(tokens, first=first, chunk=37)))
+        assert np.array_equal(rows, runner.logits(tokens)[first:])

@@ -21,10 +21,10 @@ class Known:
         self.table = table
         self.rows = rows
 
-    def logit_blocks(self, tokens: npt.ArrayLike) -> Iterator[npt.NDArray[np.float32]]:
-        logits = self.table[np.asarray(tokens, int)]
-        for first in range(0, len(logits), self.rows):
-            yield logits[first : first + self.rows]
+    def logit_blocks(self, tokens: npt.ArrayLike, *, first: int = 0) -> Iterator[npt.NDArray[np.float32]]:
+        logits = self.table[np.asarray(tokens, int)[first:]]
+        for start in range(0, len(logits), self.rows):
+            yield logits[start : start + self.rows]
 
 
 def tables(scale: float) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

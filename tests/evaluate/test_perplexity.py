@@ -41,17 +41,17 @@ class Uniform:
         self.vocab_size = vocab_size
         self.seen: list[list[int]] = []
 
-    def score(self, tokens: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    def score(self, tokens: npt.ArrayLike, *, first: int = 1) -> npt.NDArray[np.float32]:
         ids = np.asarray(tokens)
         self.seen.append(ids.tolist())
-        return np.full(len(ids) - 1, -math.log(self.vocab_size), np.float32)
+        return np.full(len(ids) - first, -math.log(self.vocab_size), np.float32)
 
 
 class Positional(Uniform):
     """The ``i``-th scored token of a window has probability ``1 / (i + 2)``, so that where it stands matters."""
 
-    def score(self, tokens: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        return -np.log(np.arange(2, len(np.asarray(tokens)) + 1, dtype=np.float32))
+    def score(self, tokens: npt.ArrayLike, *, first: int = 1) -> npt.NDArray[np.float32]:
+        return -np.log(np.arange(first + 1, len(np.asarray(tokens)) + 1, dtype=np.float32))
 
 
 def test_a_uniform_model_is_as_perplexed_as_it_has_tokens() -> None:
@@ -146,8 +146,8 @@ def test_log_probabilities_that_are_not_numbers_are_refused() -> None:
 
 
 class Broken(Uniform):
-    def score(self, tokens: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        return np.full(len(np.asarray(tokens)) - 1, np.nan, np.float32)
+    def score(self, tokens: npt.ArrayLike, *, first: int = 1) -> npt.NDArray[np.float32]:
+        return np.full(len(np.asarray(tokens)) - first, np.nan, np.float32)
 
 
 def test_marks_of_wikitext_are_undone() -> None:

@@ -147,19 +147,22 @@ class ModelRunner:
         """Logits after each token, float32 ``[T, vocab]``. Uses the pages from 0 on: not beside ``step``."""
         return np.concatenate(list(self.logit_blocks(tokens, chunk=chunk)))
 
-    def logit_blocks(self, tokens: npt.ArrayLike, *, chunk: int = 512) -> Iterator[Float32]:
-        """The same, some rows at a time."""
-        for rows, _ in self._passes(tokens, chunk):
-            yield self._program.logits(rows)
+    def logit_blocks(self, tokens: npt.ArrayLike, *, first: int = 0, chunk: int = 512) -> Iterator[Float32]:
+        """The same from the token ``first`` on, some rows at a time."""
+        for rows, start in self._passes(tokens, chunk):
+            if start + rows > first:
+                yield self._program.logits(rows)[max(first - start, 0) :]
 
-    def score(self, tokens: npt.ArrayLike, *, chunk: int = 512) -> Float32:
-        """Log-probability of each token after the first, float32 ``[T - 1]``. Not beside ``step``, as ``logits``."""
+    def score(self, tokens: npt.ArrayLike, *, first: int = 1, chunk: int = 512) -> Float32:
+        """Log-probability of each token from ``first`` (at least 1) on, float32 ``[T - first]``. Not beside ``step``,
+        as ``logits``."""
         ids = np.asarray(tokens, np.int32)
         scores = np.empty(max(ids.size - 1, 0), np.float32)
         for rows, start in self._passes(ids[:-1], chunk):
-            targets = ids[start + 1 : start + 1 + rows]
-            scores[start : start + rows] = self._program.log_probabilities(np.ascontiguousarray(targets))
-        return scores
+            if start + rows >= first:
+                targets = ids[start + 1 : start + 1 + rows]
+                scores[start : start + rows] = self._program.log_probabilities(np.ascontiguousarray(targets))
+        return scores[first - 1 :]
 
     def trace(
         self,

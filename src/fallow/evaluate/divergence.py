@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Distribution(Protocol):
-    """What is needed of a ``ModelRunner``: the logits ``[rows, vocab]`` after each token, some rows at a time."""
+    """What is needed of a ``ModelRunner``: logits ``[rows, vocab]`` of tokens from ``first`` on, some at a time."""
 
-    def logit_blocks(self, tokens: npt.ArrayLike) -> Iterator[Float32]: ...
+    def logit_blocks(self, tokens: npt.ArrayLike, *, first: int = 0) -> Iterator[Float32]: ...
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,14 @@ def divergence(
     nats, excess, places, done = 0.0, 0.0, 0, 0
     for tokens in windows:
         ids = np.asarray(tokens)
-        place, first = 0, 0 if last is None else max(len(ids) - 1 - last, 0)
-        for expected, found in zip(dense.logit_blocks(ids[:-1]), sparse.logit_blocks(ids[:-1]), strict=True):
-            skipped = max(first - place, 0)
-            following = ids[place + 1 + skipped : place + 1 + len(expected)]
-            if len(following):
-                diverged, lost = _rowwise(expected[skipped:], found[skipped:], following)
-                nats += float(diverged.sum())
-                excess += float(lost.sum())
-                places += len(following)
+        place = 0 if last is None else max(len(ids) - 1 - last, 0)
+        blocks = (side.logit_blocks(ids[:-1], first=place) for side in (dense, sparse))
+        for expected, found in zip(*blocks, strict=True):
+            diverged, lost = _rowwise(expected, found, ids[place + 1 : place + 1 + len(expected)])
+            nats += float(diverged.sum())
+            excess += float(lost.sum())
             place += len(expected)
+            places += len(expected)
         done += len(tokens)
         progress("comparing with dense", done, sum(map(len, windows)))
     if not (math.isfinite(nats) and math.isfinite(excess)):

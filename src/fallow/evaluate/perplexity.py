@@ -22,9 +22,9 @@ DEFAULT_WINDOW = 1024
 
 
 class Scorer(Protocol):
-    """What is needed of a ``ModelRunner``: log-probabilities ``[T - 1]`` of ``T`` tokens."""
+    """What is needed of a ``ModelRunner``: the log-probabilities of tokens from ``first`` (at least 1) on."""
 
-    def score(self, tokens: npt.ArrayLike) -> Float32: ...
+    def score(self, tokens: npt.ArrayLike, *, first: int = 1) -> Float32: ...
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def perplexity(
     total = sum(map(len, windows))
     nll, done = 0.0, 0
     for tokens in windows:
-        nll -= float(np.sum(runner.score(tokens)[-last if last else 0 :], dtype=np.float64))
+        first = 1 if last is None else max(len(tokens) - last, 1)
+        nll -= float(np.sum(runner.score(tokens, first=first), dtype=np.float64))
         done += len(tokens)
         if progress is not None:
             progress("scoring", done, total)

@@ -114,12 +114,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         ids = np.asarray(tokens[-self._scorer.max_context :], np.int32)
         if count > len(ids):
             raise FallowError(f"A continuation of {count} tokens does not fit the context of {len(ids)}.")
-        rows: list[Float32] = []
-        done = 0
-        for block in self._scorer.logit_blocks(ids):
-            rows.append(block[max(len(ids) - count - done, 0) :])
-            done += len(block)
-        return np.concatenate(rows)
+        return np.concatenate(list(self._scorer.logit_blocks(ids, first=len(ids) - count)))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         totals = []

@@ -51,11 +51,11 @@ class Judge:
     def _nll(self, checkpoint: Checkpoint, plan: SparsityPlan) -> float:
         runner = self._runner(checkpoint, plan, sequences=1)
         try:
-            scored = min(_SCORED, self.load.context // 2)
+            first = self.load.context - min(_SCORED, self.load.context // 2)
             total = 0.0
             for done, window in enumerate(self.windows):
                 self.progress("verifying", done, len(self.windows))
-                total -= float(runner.score(window)[-scored:].astype(np.float64).mean())
+                total -= float(runner.score(window, first=first).astype(np.float64).mean())
             return total / len(self.windows)
         finally:
             runner.close()
