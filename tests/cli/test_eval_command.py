@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fallow.models.checkpoint import open_checkpoint
 from fallow.plan import FILE_NAME, LayerRule, SparsityPlan
 
 
@@ -42,6 +43,9 @@ def test_windows_of_documents(fallow, tmp_path: Path, tiny_checkpoints: dict[str
     assert last["tokens"] % 16 == 0
     assert json.loads(fallow(*command, "--last", "16", "--limit", "2").stdout)["tokens"] == 32
     assert json.loads(fallow(*command).stdout)["tokens"] > 3 * last["tokens"]
+    context = open_checkpoint(tiny_checkpoints["llama"]).config.max_position_embeddings
+    text.write_text(json.dumps({"text": "rest " * 2 * context}))
+    assert json.loads(fallow(*command, "--window", "1000000", "--last", "5", "--limit", "1").stdout)["tokens"] == 5
     refused = fallow(*command, "--last", "64")
     assert refused.returncode == 1
     assert "The last 64 tokens of a window cannot be scored: a window has 64." in refused.stderr
