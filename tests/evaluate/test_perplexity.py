@@ -82,6 +82,7 @@ def test_the_last_tokens_of_whole_windows_alone_are_scored() -> None:
     assert result.tokens == 8
     assert result.nll == pytest.approx(4 * (math.log(3) + math.log(4)), rel=1e-6)
     assert result.bits_per_byte == pytest.approx(result.nll / math.log(2) / 8, rel=1e-6)
+    assert perplexity(Positional(0), tokenizer, [[2, 3]], last=2).tokens == 1  # nothing stands before the first
     for last, message in ((4, "a window has 4"), (0, "a window has 4")):
         with pytest.raises(FallowError, match=message):
             windows_of(tokenizer, ["x" * 10], window=4, last=last)

@@ -70,6 +70,9 @@ def _score(
     json: bool,
 ) -> None:
     from fallow.data.sources import texts_in
+
+    texts = [read_text(text)] if text == "-" else list(texts_in(Path(text)))
+
     from fallow.engine.runner import ModelRunner
     from fallow.evaluate.divergence import divergence
     from fallow.evaluate.perplexity import perplexity, windows_of
@@ -83,7 +86,6 @@ def _score(
         tokenizer, checkpoint = load_tokenizer(path), open_checkpoint(path)
         tokenizer.check_vocabulary(checkpoint.config.vocab_size, model)
         window = min(window, longest_context(checkpoint.config.rope, checkpoint.config.max_position_embeddings))
-        texts = [read_text(text)] if text == "-" else texts_in(Path(text))
         windows = windows_of(tokenizer, texts, window=window, last=last, limit=limit)
         pages = -(-window // ModelRunner.page_size)
         plan = plan_of(is_dense) or SparsityPlan.beside(path) or SparsityPlan.dense()

@@ -111,12 +111,16 @@ def perplexity(
     total = sum(map(len, windows))
     nll, done = 0.0, 0
     for tokens in windows:
-        first = 1 if last is None else max(len(tokens) - last, 1)
-        nll -= float(np.sum(runner.score(tokens, first=first), dtype=np.float64))
+        nll -= float(np.sum(runner.score(tokens, first=_first(tokens, last)), dtype=np.float64))
         done += len(tokens)
         if progress is not None:
             progress("scoring", done, total)
     return result_of(tokenizer, windows, nll, last)
+
+
+def _first(tokens: Sequence[int], last: int | None) -> int:
+    """Of a window the first token that is scored: nothing stands before the first of all."""
+    return 1 if last is None else max(len(tokens) - last, 1)
 
 
 def result_of(
@@ -126,7 +130,7 @@ def result_of(
     ``nll`` (nats) in all."""
     if not math.isfinite(nll):
         raise FallowError("The model's log-probabilities are not finite: its weights are damaged.")
-    scored = [tokens[-last if last else 1 :] for tokens in windows]
+    scored = [tokens[_first(tokens, last) :] for tokens in windows]
     count = sum(map(len, scored))
     scored_bytes = sum(len(tokenizer.token_bytes[token]) for tokens in scored for token in tokens)
     return PerplexityResult(

@@ -14,11 +14,11 @@ from fallow.evaluate.text import spread
 from fallow.models.tokenizer import Tokenizer
 from fallow.terminal import Progress
 
-_CALIBRATED, _VERIFIED = 6144, 16_384
-"""How many tokens price what may rest, and how many verify it;"""
-_FEWEST_CALIBRATED, _FEWEST_VERIFIED, _MOST = 6, 12, 96
-"""and how many windows these are at least and at most: texts are unlike each other. Half as many where the model writes
-them."""
+_CALIBRATED, _VERIFIED = (6144, 6), (16_384, 12)
+"""How many tokens price what may rest, and how many verify it, and in how many windows at least: texts are unlike each
+other;"""
+_MOST = 96
+"""and at most. Half as many where the model writes them."""
 _AT_ONCE = 8  # texts that the model writes to be healed with
 
 
@@ -71,8 +71,8 @@ def cut(documents: Sequence[list[int]], context: int, source: str) -> Windows:
             f"one of them to verify the plan, or a document of {2 * context:,} tokens; its longest have {tokens}. Give "
             "more text, or a shorter context."
         )
-    calibrated = spread(range(0, len(places), 2), _calibrated(context))
-    verified = spread(range(1, len(places), 2), _verified(context))
+    calibrated = spread(range(0, len(places), 2), _count(_CALIBRATED, context))
+    verified = spread(range(1, len(places), 2), _count(_VERIFIED, context))
     kept = {places[i] for i in verified}
 
     def window(place: int) -> list[int]:
@@ -94,17 +94,14 @@ def _between(ids: list[int], starts: Sequence[int], context: int) -> Iterator[li
             yield ids[end:start]
 
 
-def _calibrated(context: int) -> int:
-    return min(max(_CALIBRATED // context, _FEWEST_CALIBRATED), _MOST)
-
-
-def _verified(context: int) -> int:
-    return min(max(_VERIFIED // context, _FEWEST_VERIFIED), _MOST)
+def _count(wanted: tuple[int, int], context: int) -> int:
+    tokens, fewest = wanted
+    return min(max(tokens // context, fewest), _MOST)
 
 
 def written_by(engine: Engine, context: int) -> Windows:
     """Windows that the model writes from the beginning of a text, at temperature 1."""
-    calibrated, verified = -(-_calibrated(context) // 2), -(-_verified(context) // 2)
+    calibrated, verified = (-(-_count(wanted, context) // 2) for wanted in (_CALIBRATED, _VERIFIED))
     windows = texts_of(engine, calibrated + verified, context)
     return Windows(windows[:calibrated], windows[calibrated:])
 
