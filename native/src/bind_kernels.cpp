@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 
 #include "kernels.h"
@@ -245,25 +246,47 @@ nb::tuple feed_forward(const std::string& isa, const std::optional<WeightSource>
   return nb::make_tuple(owned<float>(std::move(values), {gates.shape(0), gates.shape(1)}), owned<float>(std::move(sums), {x.shape(0), x.shape(1)}));
 }
 
-// Approximate logits of activations, begun in the middle, as threads share them.
+// Approximate logits of activations after a first look and after a second one at all tiles: [looks][rows][tokens]. Both
+// begin in the middle, as threads share them.
 NumpyFloats screen(const std::string& isa, const PackedSigns& w, const Matrix& x) {
   const Kernels& kernels = kernels_of(isa);
   if (x.shape(1) != static_cast<size_t>(w.in_features) || w.data == nullptr) throw std::invalid_argument("shapes do not fit");
   const auto rows = static_cast<int>(x.shape(0));
   const Memory tables(std::max(1, rows) * w.table_bytes());
-  std::vector<float> steps(rows);
+  constexpr size_t looks = PackedSigns::looks;
+  std::vector<float> steps(rows * looks);
+  const auto tables_of = [&](int r) { return tables.as<int8_t>() + r * w.table_bytes(); };
   for (int r = 0; r < rows; ++r) {
-    steps[r] = kernels.sign_tables(x.data() + r * x.shape(1), w.columns.data(), static_cast<int>(w.columns.size()),
-                                   tables.as<int8_t>() + r * w.table_bytes());
+    for (int look = 0; look < PackedSigns::looks; ++look) {
+      steps[r * looks + look] = kernels.sign_tables(x.data() + r * x.shape(1), w.columns.data() + w.first_column(look),
+                                                    w.end_column(look) - w.first_column(look), tables_of(r) + w.tables_at(look));
+    }
   }
   const size_t stride = static_cast<size_t>(w.tiles) * lanes;
-  std::vector<float> out(rows * stride);
-  const ScreenTask task{&w, x.data(), x.shape(1), tables.as<int8_t>(), steps.data(), rows, out.data(), stride};
+  std::vector<float> out(looks * rows * stride);
+  const auto out_of = [&](int look, int r) { return out.data() + (look * rows + r) * stride; };
+  std::vector<float*> outs(rows);
+  for (int r = 0; r < rows; ++r) outs[r] = out_of(0, r);
+  const ScreenTask task{&w, x.data(), x.shape(1), tables.as<int8_t>(), steps.data(), rows, outs.data()};
   kernels.screen(task, w.tiles / 2, w.tiles);
   kernels.screen(task, 0, w.tiles / 2);
-  std::vector<float> values(rows * static_cast<size_t>(w.out_features));
-  for (int r = 0; r < rows; ++r) std::copy_n(out.data() + r * stride, w.out_features, values.data() + static_cast<size_t>(r) * w.out_features);
-  return owned<float>(std::move(values), {x.shape(0), static_cast<size_t>(w.out_features)});
+  std::vector<int32_t> all(w.tiles);
+  std::iota(all.rbegin(), all.rend(), 0);
+  for (int r = 0; r < rows; ++r) {
+    std::copy_n(out_of(0, r), stride, out_of(1, r));
+    kernels.second_look({&w, tables_of(r), steps[r * looks + 1], out_of(1, r)}, all.data(), w.tiles);
+  }
+  std::vector<float> values;
+  for (size_t k = 0; k < looks * rows; ++k) values.insert(values.end(), out.begin() + k * stride, out.begin() + k * stride + w.out_features);
+  return owned<float>(std::move(values), {looks, x.shape(0), static_cast<size_t>(w.out_features)});
+}
+
+// The places of the largest of some values.
+nb::ndarray<nb::numpy, int32_t> list_largest(const std::string& isa, const Vector& values, int count) {
+  std::vector<int32_t> out(values.size() + 1);
+  out.resize(kernels_of(isa).list_largest(values.data(), static_cast<int>(values.size()), count, out.data()));
+  const size_t listed = out.size();
+  return owned<int32_t>(std::move(out), {listed});
 }
 
 // Noise of temperature 1 of one draw, for `count` tokens.
@@ -295,6 +318,7 @@ void bind_kernels(nb::module_& m) {
   m.def("feed_forward", &feed_forward, "isa"_a, "up"_a.none(), "down"_a, "x"_a, "gates"_a, nb::kw_only(), "precision"_a, "activation"_a, "threshold"_a,
         "initial"_a, "gate"_a.none() = nb::none());
   m.def("screen", &screen, "isa"_a, "signs"_a, "x"_a);
+  m.def("list_largest", &list_largest, "isa"_a, "values"_a, "count"_a);
   m.def("noise", &noise, "isa"_a, "count"_a, nb::kw_only(), "seed"_a, "draw"_a);
   m.def(
       "unpack",

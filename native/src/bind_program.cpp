@@ -100,20 +100,21 @@ void bind_program(nb::module_& m) {
   nb::class_<PackedSigns>(m, "Signs")
       .def(
           "__init__",
-          [](PackedSigns* self, int out_features, int in_features, const Ints& directions, const Floats& sizes) {
+          [](PackedSigns* self, int out_features, int in_features, const Ints& directions, const Floats& sizes, int first_columns) {
             if (directions.size() != sizes.size()) throw std::invalid_argument("directions and sizes are not those of the same columns");
             std::vector<SignColumn> columns(directions.size());
             for (size_t k = 0; k < columns.size(); ++k) columns[k] = {directions.data()[k], sizes.data()[k]};
-            new (self) PackedSigns(out_features, in_features, std::move(columns));
+            new (self) PackedSigns(out_features, in_features, std::move(columns), first_columns);
           },
-          "out_features"_a, "in_features"_a, "directions"_a, "sizes"_a)
+          "out_features"_a, "in_features"_a, "directions"_a, "sizes"_a, nb::kw_only(), "first_columns"_a)
       .def(
           "put_rows",
-          [](PackedSigns& w, int first, const Matrix& along, const Signs& positive, const Floats& scales, const Floats& deviations) {
+          [](PackedSigns& w, int first, const Matrix& along, const Signs& positive, const Floats& scales, const Matrix& deviations) {
             if (w.memory.data() == nullptr) throw std::invalid_argument("the signs belong to a program already");
             const size_t rows = along.shape(0);
             if (along.shape(1) != static_cast<size_t>(PackedSigns::directions) || positive.shape(0) != w.columns.size() ||
-                positive.shape(1) != rows || scales.size() != rows || deviations.size() != rows) {
+                positive.shape(1) != rows || scales.size() != rows || deviations.shape(0) != PackedSigns::looks ||
+                deviations.shape(1) != rows) {
               throw std::invalid_argument("along, positive, scales and deviations are not those of the same rows");
             }
             w.put_rows(first, static_cast<int>(rows), along.data(), positive.data(), scales.data(), deviations.data());
@@ -221,6 +222,8 @@ void bind_program(nb::module_& m) {
           "screen",
           [](Program& p, int x, int signs, int out, float cap) { p.add(op::Screen{x, signs, out, cap}); }, "x"_a, "signs"_a, "out"_a,
           nb::kw_only(), "cap"_a = 0.f)
+      .def(
+          "look_again", [](Program& p, int logits, int tiles) { p.add(op::SecondLook{logits, tiles}); }, "logits"_a, nb::kw_only(), "tiles"_a)
       .def("shortlist", [](Program& p, int logits, int tiles) { p.add(op::Shortlist{logits, tiles}); }, "logits"_a, nb::kw_only(), "tiles"_a)
       .def(
           "rescore", [](Program& p, int activations, int weights, int out, float cap) { p.add(op::Rescore{activations, weights, out, cap}); },

@@ -76,6 +76,7 @@ Program::Part Program::part_of(int index, int thread) const {
                           std::holds_alternative<op::Neurons>(operations_[index]) ||
                           std::holds_alternative<op::Spread>(operations_[index]) ||
                           std::holds_alternative<op::Screen>(operations_[index]) ||
+                          std::holds_alternative<op::SecondLook>(operations_[index]) ||
                           std::holds_alternative<op::Rescore>(operations_[index]);
   if (by_columns) return {0, n, thread, pool_.size(), 0};
   return {pool_.share(n, thread), pool_.share(n, thread + 1), 0, 1, 0};

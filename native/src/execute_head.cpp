@@ -1,8 +1,9 @@
-// The head where most of the vocabulary rests. A screen (signs.h) gives every token an approximate logit; the tiles of the
-// head with the largest are computed exactly, and then every other tile that could change the choice: in which a logit
-// comes within `safe_deviations` of the screen's errors of what a token had to reach. Of these errors the screen knows
-// the standard deviation for each row over some text; how much larger or smaller they are for this token is known from
-// the logits of which there are both. A draw from the whole distribution takes the largest logit too, after noise
+// The head where most of the vocabulary rests. A screen (signs.h) gives every token an approximate logit and, in a second
+// look at the tiles of the head with the largest, some of them a better one; the tiles that have the largest then are
+// computed exactly, and after them every other tile that could change the choice: in which a logit comes, after two looks,
+// within `safe_deviations` of the screen's errors of what a token had to reach. Of these errors the screen knows the
+// standard deviation for each row over some text; how much larger or smaller they are for this token is known from the
+// logits of which there are both. A draw from the whole distribution takes the largest logit too, after noise
 // (kernels/noise.h); one under top-k or min-p hangs on the last token that was kept; one under top-p needs all logits.
 // Drafts (Mode::draft) take what the shortlist says.
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <stdexcept>
 
 #include "bits.h"
+#include "prefetch.h"
 #include "program.h"
 
 namespace fallow {
@@ -20,6 +22,9 @@ namespace {
 constexpr float likely_deviations = 3.f;  // with which tiles compete to be computed first; LIKELY in models/head_screen.py
 constexpr float safe_deviations = 5.f;
 constexpr int most_rounds = 2;  // of further tiles, before a row gets all of them
+constexpr int chunk = 32;  // tiles of the first look, after which those of the chunk before are looked at again
+constexpr char exact_look = PackedSigns::looks;
+constexpr int tiles_ahead = 4;  // of the head, fetched before they are computed
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
 bool is_noisy(const SamplingRow& p) { return p.is_draw() && p.is_from_all(); }
@@ -31,25 +36,38 @@ void Program::prepare_head() {
   const auto found = std::find_if(operations_.begin(), operations_.end(), [](const Operation& o) { return std::holds_alternative<op::Rescore>(o); });
   if (found == operations_.end()) return;
   rescore_ = static_cast<int>(found - operations_.begin());
-  for (int tile = 0; tile < screen().tiles; ++tile) {
-    const uint16_t* deviations = screen().deviations(tile);
-    float most = 0.f;
-    for (int i = 0; i < lanes; ++i) most = std::max(most, bf16_to_float(deviations[i]));
-    largest_deviations_.push_back(most);
+  const PackedSigns& w = screen();
+  for (int look = 0; look < PackedSigns::looks; ++look) {
+    for (int tile = 0; tile < w.tiles; ++tile) {
+      const uint16_t* deviations = w.deviations(look, tile);
+      float most = 0.f;
+      for (int i = 0; i < lanes; ++i) most = std::max(most, bf16_to_float(deviations[i]));
+      largest_deviations_[look].push_back(most);
+    }
   }
+  const int rows = limits_.max_logit_rows;
+  first_logits_ = Memory(rows * logits_stride() * sizeof(float), Pages::small);
   for (ThreadScratch& scratch : scratch_) {
-    scratch.tables = Memory(limits_.max_logit_rows * screen().table_bytes());
-    scratch.steps.resize(limits_.max_logit_rows);
+    HeadScratch& head = scratch.head;
+    head.tables = Memory(rows * w.table_bytes());
+    head.steps.resize(rows * PackedSigns::looks);
+    head.out.resize(rows);
+    head.thresholds.resize(rows);
+    head.likely.resize(rows);
+    head.tiles.resize(w.tiles + 1);
+    head.peaks.resize(w.tiles);
   }
-  head_rows_.resize(limits_.max_logit_rows);
+  head_rows_.resize(rows);
   for (HeadRow& row : head_rows_) {
-    row.peaks.resize(screen().tiles);
-    row.bounds.resize(screen().tiles);
-    row.is_exact.resize(screen().tiles);
+    row.looks.resize(w.tiles);
+    row.peaks.resize(w.tiles);
+    row.deviations.resize(w.tiles);
+    row.sample.resize(w.sampled);
   }
 }
 
-const PackedSigns& Program::screen() const { return *signs_[std::get<op::Screen>(operations_[rescore_ - 2]).signs]; }
+const op::Screen& Program::screening() const { return std::get<op::Screen>(operations_[rescore_ - 3]); }
+const PackedSigns& Program::screen() const { return *signs_[screening().signs]; }
 
 void Program::begin_head() {
   if (rescore_ < 0) return;
@@ -64,53 +82,153 @@ void Program::begin_head() {
   }
 }
 
-void Program::execute(const op::Screen& o, int, int thread, const Part& part) {
-  const PackedSigns& w = *signs_[o.signs];
-  const int first = part.first_of(w.tiles);
-  const int last = part.end_of(w.tiles);
-  for (int begin = part.begin; begin < part.end;) {
-    const auto is_whole = [](const HeadRow& row) { return row.whole; };
-    begin = static_cast<int>(std::find_if_not(head_rows_.begin() + begin, head_rows_.begin() + part.end, is_whole) - head_rows_.begin());
-    const int end = static_cast<int>(std::find_if(head_rows_.begin() + begin, head_rows_.begin() + part.end, is_whole) - head_rows_.begin());
+// Calls f(begin, end) for the rows of `part` that are screened, where several follow each other together.
+template <class F>
+void Program::for_screened_rows(const Part& part, const F& f) const {
+  const auto is_whole = [](const HeadRow& row) { return row.whole; };
+  const auto rows = head_rows_.begin();
+  for (auto begin = rows + part.begin;;) {
+    begin = std::find_if_not(begin, rows + part.end, is_whole);
+    const auto end = std::find_if(begin, rows + part.end, is_whole);
     if (begin == end) return;
-    // Each thread makes all tables for itself: that takes less time than one more barrier.
-    auto* tables = scratch_[thread].tables.as<int8_t>();
-    auto& steps = scratch_[thread].steps;
-    for (int r = begin; r < end; ++r) {
-      steps[r - begin] =
-          kernels_.sign_tables(row(o.x, r, part), w.columns.data(), static_cast<int>(w.columns.size()), tables + (r - begin) * w.table_bytes());
-    }
-    kernels_.screen({&w, row(o.x, begin, part), buffers_[o.x].stride, tables, steps.data(), end - begin, row(o.out, begin, part), buffers_[o.out].stride},
-                    first, last);
-    for (; begin < end; ++begin) {
-      float* logits = row(o.out, begin, part);
-      finish_logits(begin, o.cap, first, last, logits);
-      kernels_.screened_peaks(w, logits, likely_deviations, first, last, head_rows_[begin].peaks.data());
-    }
+    f(static_cast<int>(begin - rows), static_cast<int>(end - rows));
+    begin = end;
   }
 }
 
-// What logits of tiles [first, last) go through after the product: the cap, and the noise of a draw.
-void Program::finish_logits(int r, float cap, int first, int last, float* logits) const {
-  float* values = logits + first * lanes;
-  const int width = (last - first) * lanes;
-  if (cap > 0.f) kernels_.soft_cap(values, width, cap);
+void Program::execute(const op::Screen& o, int, int thread, const Part& part) {
+  const PackedSigns& w = *signs_[o.signs];
+  HeadScratch& scratch = scratch_[thread].head;
+  const int first = part.first_of(w.sampled);
+  const int last = part.end_of(w.sampled);
+  for_screened_rows(part, [&](int begin, int end) {
+    // Each thread makes all tables for itself, of both looks: that takes less time than one more barrier.
+    for (int r = begin; r < end; ++r) {
+      if (part.share == 0) head_rows_[r].tables_by = thread;
+      scratch.out[r] = is_finished(r) ? row(o.out, r, part) : first_logits_.as<float>() + r * logits_stride();
+      for (int look = 0; look < PackedSigns::looks; ++look) {
+        const int columns = w.end_column(look) - w.first_column(look);
+        scratch.steps[r * PackedSigns::looks + look] = kernels_.sign_tables(row(o.x, r, part), w.columns.data() + w.first_column(look), columns,
+                                                                            scratch.tables_of(r, w) + w.tables_at(look));
+      }
+    }
+    look_first(begin, end, first, last, scratch, part);
+    for (int r = begin; r < end; ++r) {
+      find_peaks(r, 0, w.order.data() + first, last - first, scratch.out[r], scratch);
+      std::copy_n(scratch.peaks.data(), last - first, head_rows_[r].sample.data() + first);
+    }
+  });
+}
+
+// A sample tells which peak about so many tiles reach that are looked at again: a little later, when they have been fetched.
+void Program::execute(const op::SecondLook& o, int, int thread, const Part& part) {
+  const PackedSigns& w = screen();
+  HeadScratch& scratch = scratch_[thread].head;
+  const int sampled = w.sampled;
+  const auto look = [&](int begin, int end, int first, int last, bool is_sample) {
+    for (int from = first; from < last; from += chunk) {
+      const int count = std::min(chunk, last - from);
+      const int32_t* tiles = w.order.data() + from;
+      if (!is_sample) look_first(begin, end, from, from + count, scratch, part);
+      for (int r = begin; r < end; ++r) {
+        look_again(r, scratch.likely[r], scratch, scratch);
+        if (is_sample) {
+          std::copy_n(head_rows_[r].sample.data() + from, count, scratch.peaks.data());
+        } else {
+          find_peaks(r, 0, tiles, count, scratch.out[r], scratch);
+        }
+        keep_peaks(r, 0, tiles, count, scratch);
+        for (int i = 0; i < count; ++i) {
+          if (scratch.peaks[i] < scratch.thresholds[r]) continue;
+          scratch.likely[r].push_back(tiles[i]);
+          prefetch_run(w.tile(1, tiles[i]), w.tile_bytes(1));
+        }
+      }
+    }
+  };
+  for_screened_rows(part, [&](int begin, int end) {
+    for (int r = begin; r < end; ++r) {
+      const std::vector<float>& sample = head_rows_[r].sample;
+      const auto wanted = static_cast<int>((int64_t{o.tiles} * sampled + w.tiles - 1) / w.tiles);
+      const int listed = kernels_.list_largest(sample.data(), sampled, wanted, scratch.tiles.data());
+      scratch.thresholds[r] = infinity;
+      for (int i = 0; i < listed; ++i) scratch.thresholds[r] = std::min(scratch.thresholds[r], sample[scratch.tiles[i]]);
+    }
+    look(begin, end, part.first_of(sampled), part.end_of(sampled), true);
+    look(begin, end, sampled + part.first_of(w.tiles - sampled), sampled + part.end_of(w.tiles - sampled), false);
+    for (int r = begin; r < end; ++r) look_again(r, scratch.likely[r], scratch, scratch);
+  });
+}
+
+// Approximate logits of the tiles at places [first, last).
+void Program::look_first(int begin, int end, int first, int last, HeadScratch& scratch, const Part& part) {
+  const PackedSigns& w = screen();
+  const int x = screening().x;
+  kernels_.screen({&w, row(x, begin, part), buffers_[x].stride, scratch.tables_of(begin, w), scratch.steps.data() + begin * PackedSigns::looks,
+                   end - begin, scratch.out.data() + begin},
+                  first, last);
+}
+
+// Takes the tiles of a list, which is empty then. `made` has the tables of the row.
+void Program::look_again(int r, std::vector<int32_t>& tiles, const HeadScratch& made, HeadScratch& scratch) {
+  const PackedSigns& w = screen();
+  const auto count = static_cast<int>(tiles.size());
+  if (count == 0) return;
+  kernels_.second_look({&w, made.tables_of(r, w), made.steps[r * PackedSigns::looks + 1], made.out[r]}, tiles.data(), count);
+  find_peaks(r, 1, tiles.data(), count, made.out[r], scratch);
+  keep_peaks(r, 1, tiles.data(), count, scratch);
+  tiles.clear();
+}
+
+// Of tiles after a look, which made `values` of them.
+void Program::find_peaks(int r, int look, const int32_t* tiles, int count, const float* values, HeadScratch& scratch) const {
+  auto* logits = buffers_[logits_].memory.as<float>() + r * logits_stride();
+  finish_logits(r, tiles, count, values, logits);
+  kernels_.screened_peaks(screen(), look, logits, likely_deviations, tiles, count, scratch.peaks.data());
+}
+
+void Program::keep_peaks(int r, int look, const int32_t* tiles, int count, const HeadScratch& scratch) {
+  HeadRow& head = head_rows_[r];
+  for (int i = 0; i < count; ++i) {
+    head.looks[tiles[i]] = static_cast<char>(look);
+    head.peaks[tiles[i]] = scratch.peaks[i];
+    head.deviations[tiles[i]] = largest_deviations_[look][tiles[i]];
+  }
+}
+
+// Whether logits of a row stay what the product made of them.
+bool Program::is_finished(int r) const { return !(screening().cap > 0.f) && !(is_noisy(sample_->sampling[r]) && step_.mode == Mode::plan); }
+
+// What logits go through after the product: the cap, and the noise of a draw.
+void Program::finish_logits(int r, const int32_t* tiles, int count, const float* values, float* logits) const {
+  if (is_finished(r)) return;
+  const float cap = screening().cap;
   const SamplingRow& p = sample_->sampling[r];
-  if (is_noisy(p) && step_.mode == Mode::plan) kernels_.perturb(values, first * lanes, width, p.temperature, noise_key(p), values);
+  const bool noisy = is_noisy(p) && step_.mode == Mode::plan;
+  const NoiseKey key = noise_key(p);
+  for (int i = 0; i < count; ++i) {
+    const int first = tiles[i] * lanes;
+    if (values != logits) std::copy_n(values + first, lanes, logits + first);
+    if (cap > 0.f) kernels_.soft_cap(logits + first, lanes, cap);
+    if (noisy) kernels_.perturb(logits + first, first, lanes, p.temperature, key, logits + first);
+  }
 }
 
 void Program::execute(const op::Shortlist& o, int, int thread, const Part& part) {
-  auto& found = scratch_[thread].sample.candidates;
+  HeadScratch& scratch = scratch_[thread].head;
   for (int r = part.begin; r < part.end; ++r) {
     HeadRow& head = head_rows_[r];
     if (head.whole) continue;
-    const auto tiles = static_cast<int>(head.peaks.size());
-    largest_values(head.peaks.data(), tiles, std::min(o.tiles, tiles), -infinity, found);
-    std::fill(head.is_exact.begin(), head.is_exact.end(), 0);
+    int count = 0;
+    for (int tile = 0; tile < screen().tiles; ++tile) {  // without branches, which nobody could foretell
+      scratch.tiles[count] = tile;
+      count += static_cast<int>(head.looks[tile] == 1);
+    }
+    for (int i = 0; i < count; ++i) scratch.peaks[i] = head.peaks[scratch.tiles[i]];
+    head.wanted.resize(count + 1);
+    head.wanted.resize(kernels_.list_largest(scratch.peaks.data(), count, o.tiles, head.wanted.data()));
+    for (int32_t& wanted : head.wanted) wanted = scratch.tiles[wanted];
     head.exact.clear();
-    head.wanted.clear();
-    for (const auto& [peak, tile] : found) head.wanted.push_back(tile);
-    std::sort(head.wanted.begin(), head.wanted.end());
     begin_round(head);
   }
 }
@@ -151,27 +269,34 @@ void Program::compute_whole(const op::Rescore& o, int begin, int end, int thread
 // The tiles of a row that are wanted, of which the thread computes its share; and how wrong the screen was there.
 void Program::compute_wanted(const op::Rescore& o, int r, int thread, const Part& part) {
   HeadRow& head = head_rows_[r];
+  const PackedLinear& w = *weights_[o.weights];
   const int pairs = static_cast<int>(head.wanted.size()) / 2;
+  const int first = 2 * part.first_of(pairs);
+  const int last = 2 * part.end_of(pairs);
   float* logits = row(o.out, r, part);
-  for (int i = 2 * part.first_of(pairs); i < 2 * part.end_of(pairs); i += 2) {
+  const auto fetch = [&](int begin, int end) {
+    for (int i = begin; i < std::min(end, last); ++i) prefetch_run(w.tile(head.wanted[i]), w.tile_bytes);
+  };
+  fetch(first, first + tiles_ahead);
+  for (int i = first; i < last; i += 2) {
     const int count = head.wanted[i] == head.wanted[i + 1] ? 1 : 2;
-    for (int n = i + 2; n < std::min(i + 4, 2 * part.end_of(pairs)); ++n) prefetch_run(weights_[o.weights]->tile(head.wanted[n]), weights_[o.weights]->tile_bytes);
+    fetch(i + tiles_ahead, i + tiles_ahead + 2);
     float before[2][lanes];
     for (int n = 0; n < count; ++n) std::copy_n(logits + head.wanted[i + n] * lanes, lanes, before[n]);
-    kernels_.linear({weights_[o.weights].get(), activations_[o.activations].format, activation_row(o.activations, r, part), 1, logits,
+    kernels_.linear({&w, activations_[o.activations].format, activation_row(o.activations, r, part), 1, logits,
                      buffers_[o.out].stride, nullptr, Epilogue::store, {}, head.wanted.data()},
                     i, i + 2, scratch_[thread].linear.data());
     for (int n = 0; n < count; ++n) {
       const int tile = head.wanted[i + n];
-      finish_logits(r, o.cap, tile, tile + 1, logits);
-      head.errors[i + n] = squared_errors(tile, before[n], logits + tile * lanes);
+      finish_logits(r, &head.wanted[i + n], 1, logits, logits);
+      head.errors[i + n] = squared_errors(head, tile, before[n], logits + tile * lanes);
     }
   }
 }
 
 // Of a tile, in units of its rows' deviations.
-double Program::squared_errors(int tile, const float* screened, const float* exact) const {
-  const uint16_t* deviations = screen().deviations(tile);
+double Program::squared_errors(const HeadRow& head, int tile, const float* screened, const float* exact) const {
+  const uint16_t* deviations = screen().deviations(head.looks[tile], tile);
   double total = 0;
   for (int i = 0; i < std::min(lanes, vocab_size() - tile * lanes); ++i) {
     const double error = (static_cast<double>(exact[i]) - screened[i]) / std::max(bf16_to_float(deviations[i]), 1e-6f);
@@ -181,11 +306,11 @@ double Program::squared_errors(int tile, const float* screened, const float* exa
 }
 
 // Chooses the token of a row from what is known of its logits; tiles that could change it become wanted.
-void Program::choose_token(int r, SampleScratch& scratch) {
+void Program::choose_token(int r, ThreadScratch& scratch) {
   HeadRow& head = head_rows_[r];
   head.doubtful = false;
   if (head.whole) {
-    sample_row(*sample_, r, scratch);
+    sample_row(*sample_, r, scratch.sample);
     return;
   }
   if (head.rounds == 0) {
@@ -193,42 +318,53 @@ void Program::choose_token(int r, SampleScratch& scratch) {
     head.scale = static_cast<float>(std::sqrt(total / static_cast<double>(head.wanted.size() * lanes)));
   }
   for (const int32_t tile : head.wanted) {
-    if (head.is_exact[tile] == 0) head.exact.push_back(tile);
-    head.is_exact[tile] = 1;
+    if (head.looks[tile] == exact_look) continue;
+    head.exact.push_back(tile);
+    head.looks[tile] = exact_look;
+    head.peaks[tile] = std::numeric_limits<float>::lowest();
   }
   if (head.rounds == 0) head.listed = head.exact.size();
   const float* logits = sample_->logits + static_cast<size_t>(r) * sample_->stride;
   const SamplingRow& p = sample_->sampling[r];
   if (step_.mode == Mode::draft) {  // it may be wrong: the approximate logits serve beside the exact ones
     if (p.is_draw()) {
-      sample_row(*sample_, r, scratch);
+      sample_row(*sample_, r, scratch.sample);
     } else {
       take_largest(r, logits);
     }
     return;
   }
-  const float reach = p.is_draw() && !is_noisy(p) ? sample_row(*sample_, r, scratch).reach : take_largest(r, logits);
-  want_doubtful_tiles(head, logits, reach);
+  const float reach = p.is_draw() && !is_noisy(p) ? sample_row(*sample_, r, scratch.sample).reach : take_largest(r, logits);
   const bool lost = !std::isfinite(reach) || !std::isfinite(head.scale);
+  if (!lost) want_doubtful_tiles(r, reach, scratch.head);
   head.doubtful = lost || !head.wanted.empty();
   if (!head.doubtful) return;
   head.whole = lost || ++head.rounds > most_rounds || head.wanted.size() > head.peaks.size() / 4;
   begin_round(head);
 }
 
-// Tiles that are not exact and may hold a logit that reaches what a token has to. From the peaks and the largest deviation
-// of a tile follows more than it can have, mostly too little: few tiles have to be looked at.
-void Program::want_doubtful_tiles(HeadRow& head, const float* logits, float reach) {
-  constexpr float rounding = 1e-5f;
+// Tiles that are not exact and may hold a logit that reaches what a token has to, after two looks: those that had one get
+// the second now. From the peak and the largest deviation of a tile follows more than it can have, mostly too little: the
+// deviations of few have to be read.
+void Program::want_doubtful_tiles(int r, float reach, HeadScratch& scratch) {
+  HeadRow& head = head_rows_[r];
   const float margin = safe_deviations * std::max(head.scale, 1e-6f);
   const float further = std::max(margin - likely_deviations, 0.f);
-  head.wanted.clear();
-  for (int tile = 0; tile < screen().tiles; ++tile) {
-    const float more = further * largest_deviations_[tile];
-    if (head.is_exact[tile] != 0 || head.peaks[tile] + more + rounding * (std::fabs(head.peaks[tile]) + more) < reach) continue;
-    kernels_.screened_peaks(screen(), logits, margin, tile, tile + 1, head.bounds.data());
-    if (!(head.bounds[tile] < reach)) head.wanted.push_back(tile);
-  }
+  const float* logits = buffers_[logits_].memory.as<float>() + r * logits_stride();
+  const auto list = [&](int look, std::vector<int32_t>& out) {
+    const int found = kernels_.list_reaching(head.peaks.data(), head.deviations.data(), screen().tiles, further, reach, scratch.tiles.data());
+    out.clear();
+    for (int i = 0; i < found; ++i) {
+      const int32_t tile = scratch.tiles[i];
+      if (head.looks[tile] != look) continue;
+      float most = 0.f;
+      kernels_.screened_peaks(screen(), look, logits, margin, &tile, 1, &most);
+      if (!(most < reach)) out.push_back(tile);
+    }
+  };
+  list(0, scratch.likely[r]);
+  look_again(r, scratch.likely[r], scratch_[head.tables_by].head, scratch);
+  list(1, head.wanted);
 }
 
 // The largest of the exact logits; the lowest token among equals.
@@ -250,10 +386,10 @@ float Program::take_largest(int r, const float* logits) const {
 void Program::sample_rows(int thread) {
   if (sample_ == nullptr) return;
   const int rows = step_.num_logit_rows;
-  SampleScratch& scratch = scratch_[thread].sample;
+  ThreadScratch& scratch = scratch_[thread];
   std::atomic<int>& next = next_[operations_.size()];
   if (rescore_ < 0) {
-    for (int r = 0; (r = next.fetch_add(1, std::memory_order_relaxed)) < rows;) sample_row(*sample_, r, scratch);
+    for (int r = 0; (r = next.fetch_add(1, std::memory_order_relaxed)) < rows;) sample_row(*sample_, r, scratch.sample);
     return;
   }
   const auto& rescore = std::get<op::Rescore>(operations_[rescore_]);

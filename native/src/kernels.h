@@ -172,16 +172,23 @@ struct SpreadTask {
   size_t out_stride;
 };
 
-// Approximate logits.
+// Approximate logits, from a first look.
 struct ScreenTask {
   const PackedSigns* weights;
   const float* x;  // [rows][x_stride] activations in its basis
   size_t x_stride;
-  const int8_t* tables;  // [rows] of sign_tables of them,
-  const float* steps;    // [rows] and what a 1 in them stands for
+  const int8_t* tables;  // [rows][table_bytes] sign_tables of them,
+  const float* steps;    // [rows][looks] and what a 1 in them stands for
   int rows;
-  float* out;  // [rows][out_stride]
-  size_t out_stride;
+  float* const* out;  // [rows]
+};
+
+// Better ones of some tiles, from a second look.
+struct SecondLookTask {
+  const PackedSigns* weights;
+  const int8_t* tables;  // of a row of activations
+  float step;
+  float* out;  // what the first look made, and then the second
 };
 
 // Which noise: that of one draw of one request.
@@ -229,10 +236,16 @@ struct Kernels {
   // What signs of each four columns, a multiple of 32, make of activations: tables [count / 32][8][16], whose entry i has
   // the columns with the signs that its bits say. Returns what a 1 stands for.
   float (*sign_tables)(const float* x, const SignColumn* columns, int count, int8_t* tables);
-  // Tiles [begin, end) of the screen.
+  // The tiles at places [begin, end).
   void (*screen)(const ScreenTask&, int begin, int end);
-  // Of each of these tiles the largest logit after `margin` > 0 of its deviations.
-  void (*screened_peaks)(const PackedSigns&, const float* logits, float margin, int begin, int end, float* peaks);
+  void (*second_look)(const SecondLookTask&, const int32_t* tiles, int count);
+  // Of each of some tiles the largest logit after `margin` > 0 of the deviations that a look leaves.
+  void (*screened_peaks)(const PackedSigns&, int look, const float* logits, float margin, const int32_t* tiles, int count, float* peaks);
+  // Lists which of n values, after `margin` of their deviations, may reach a number, whatever rounding did. out: room for n.
+  int (*list_reaching)(const float* values, const float* deviations, int n, float margin, float reach, int32_t* out);
+  // The places of the `count` largest of n values, in order; of several that are equal the first ones. Returns how many
+  // there are: n at most. out: room for one more.
+  int (*list_largest)(const float* values, int n, int count, int32_t* out);
 };
 
 // What linears of weights that lie by rows or by columns keep in their scratch memory, one after the other: numbers of what

@@ -22,6 +22,11 @@ struct Overloaded : F... {
 template <class... F>
 Overloaded(F...) -> Overloaded<F...>;
 
+template <class Op>
+bool follows(const std::vector<Operation>& operations, size_t index) {
+  return index > 0 && std::holds_alternative<Op>(operations[index - 1]);
+}
+
 }  // namespace
 
 Program::Program(int threads, const std::string& isa, KvLayout layout, int num_layers, Limits limits)
@@ -245,14 +250,16 @@ void Program::finish(int logits_buffer) {
               require(w.out_features == width(o.out), "screen: it has another vocabulary than the logits");
               require(o.cap >= 0.f && std::isfinite(o.cap), "screen: the cap must be a number of at least 0");
             },
+            [&](const op::SecondLook& o) {
+              require(follows<op::Screen>(operations_, row_kind_.size()) && o.logits == logits_buffer, "second look: it follows a screen");
+              require(o.tiles > 0, "second look: it is at nothing");
+            },
             [&](const op::Shortlist& o) {
-              require(row_kind_.size() > 0 && std::holds_alternative<op::Screen>(operations_[row_kind_.size() - 1]) && o.logits == logits_buffer,
-                      "shortlist: it follows a screen");
+              require(follows<op::SecondLook>(operations_, row_kind_.size()) && o.logits == logits_buffer, "shortlist: it follows a second look");
               require(o.tiles > 0, "shortlist: it is empty");
             },
             [&](const op::Rescore& o) {
-              require(row_kind_.size() > 0 && std::holds_alternative<op::Shortlist>(operations_[row_kind_.size() - 1]) && o.out == logits_buffer,
-                      "rescore: it follows a shortlist");
+              require(follows<op::Shortlist>(operations_, row_kind_.size()) && o.out == logits_buffer, "rescore: it follows a shortlist");
               const PackedLinear& w = reading(o.activations, o.weights);
               require(w.layout == Layout::tiles && w.out_features == width(o.out), "rescore: the weights lie otherwise, or have another vocabulary than the logits");
               require(o.cap >= 0.f && std::isfinite(o.cap), "rescore: the cap must be a number of at least 0");
@@ -376,6 +383,7 @@ void Program::find_runs() {
                    [&](const op::Spread& o) { reads(o.x), reads(o.out); },
                    [&](const op::Gather& o) { leaves_run(o.x), leaves_run(o.out), alone = true; },
                    [&](const op::Screen& o) { reads(o.x), writes(o.out); },
+                   [&](const op::SecondLook& o) { reads(o.logits); },
                    [&](const op::Shortlist& o) { reads(o.logits); },
                    [&](const op::Rescore& o) { reads(o.out); },
                },

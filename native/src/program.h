@@ -103,11 +103,14 @@ struct Gather {  // rows of logit_rows
 };
 // The head where most of the vocabulary rests (execute_head.cpp), one after the other. Rows of which more is wanted than
 // a token get all logits.
-struct Screen {  // approximate logits out of activations in a screen's basis
+struct Screen {  // approximate logits of a sample out of activations in a screen's basis
   int x, signs, out;
   float cap;  // soft, or 0
 };
-struct Shortlist {  // of each row the tiles that hold the largest
+struct SecondLook {  // of all others, and better ones of about so many tiles that hold the largest
+  int logits, tiles;
+};
+struct Shortlist {  // of these the tiles that do then
   int logits, tiles;
 };
 struct Rescore {  // the logits of these, exactly
@@ -118,7 +121,7 @@ struct Rescore {  // the logits of these, exactly
 
 using Operation = std::variant<op::Embed, op::Norm, op::NormQuantise, op::Quantise, op::Linear, op::Rope, op::Attention,
                                op::Add, op::Gate, op::Mix, op::SoftCap, op::AboveThreshold, op::KeepLargest, op::Neurons, op::Spread, op::Gather, op::Screen,
-                               op::Shortlist, op::Rescore>;
+                               op::SecondLook, op::Shortlist, op::Rescore>;
 
 struct Limits {
   int max_tokens, max_sequences, max_logit_rows, num_pages, max_positions;
@@ -219,10 +222,23 @@ class Program {
   struct AttentionItem {
     int sequence, row, rows, first_position, kv_head, segment, partial;
   };
+  struct HeadScratch {  // of each logit row:
+    Memory tables;                             // sign_tables of both looks,
+    std::vector<float> steps;                  // [looks] what a 1 in them stands for,
+    std::vector<float*> out;                   // where looks write logits,
+    std::vector<float> thresholds;             // from which peak on tiles are looked at again,
+    std::vector<std::vector<int32_t>> likely;  // those that are next, and on their way from memory
+    // Some tiles, and their peaks.
+    std::vector<int32_t> tiles;
+    std::vector<float> peaks;
+    int8_t* tables_of(int row, const PackedSigns& w) const { return tables.as<int8_t>() + row * w.table_bytes(); }
+  };
+
   struct ThreadScratch {
-    Memory linear, row, scores, values, state, choice, tables;
+    Memory linear, row, scores, values, state, choice;
     std::vector<Partial> partials, states;
-    std::vector<float> norms, steps;
+    std::vector<float> norms;
+    HeadScratch head;
     SampleScratch sample;
   };
 
@@ -279,6 +295,7 @@ class Program {
   void record_bits(const Bits&, int buffer, int count, float threshold, int index, const Part&, int begin, int end) const;
   void execute(const op::Gather&, int index, int thread, const Part&);
   void execute(const op::Screen&, int index, int thread, const Part&);
+  void execute(const op::SecondLook&, int index, int thread, const Part&);
   void execute(const op::Shortlist&, int index, int thread, const Part&);
   void execute(const op::Rescore&, int index, int thread, const Part&);
 
@@ -287,26 +304,37 @@ class Program {
     bool whole = true;      // all of its logits are exact, or are about to be
     bool doubtful = false;  // `wanted` could change its token
     int rounds = 0;
+    int tables_by = 0;            // the thread that made tables for it
     size_t listed = 0;            // how many of `exact` the shortlist was
     float scale = 0.f;            // of the screen's errors in this row, in units of the deviations that it knows
-    std::vector<float> peaks;     // of each tile the largest logit, and the deviations with which tiles compete
-    std::vector<float> bounds;    // of tiles in question the largest logit that there may be
-    std::vector<int32_t> wanted;  // tiles to be computed, an even number
-    std::vector<int32_t> exact;   // tiles that are
-    std::vector<char> is_exact;   // of each tile
-    std::vector<double> errors;   // of each tile wanted: squared, in units of deviations
+    std::vector<char> looks;          // of each tile: the last look at it, 0 or 1, or `exact_look`
+    std::vector<float> peaks;         // of each tile the largest logit, and the deviations with which tiles compete
+    std::vector<float> deviations;    // of each tile the largest
+    std::vector<float> sample;        // the peaks of sampled tiles after the first look
+    std::vector<int32_t> wanted;      // tiles to be computed, an even number
+    std::vector<int32_t> exact;       // tiles that are
+    std::vector<double> errors;       // of each tile wanted: squared, in units of deviations
   };
-  std::vector<float> largest_deviations_;  // of each tile of a screen, together: the screen's own lie far apart
+  Memory first_logits_;  // [max_logit_rows][logits_stride] of the first look, where logits go through more after it
+  std::vector<float> largest_deviations_[PackedSigns::looks];  // of each tile, together: the screen's own lie far apart
   void prepare_head();
-  void want_doubtful_tiles(HeadRow& head, const float* logits, float reach);
+  void want_doubtful_tiles(int row, float reach, HeadScratch&);
   void begin_head();
+  const op::Screen& screening() const;
   const PackedSigns& screen() const;
-  void finish_logits(int row, float cap, int first, int last, float* logits) const;
+  template <class F>
+  void for_screened_rows(const Part&, const F& f) const;
+  void look_first(int begin, int end, int first, int last, HeadScratch&, const Part&);
+  void look_again(int row, std::vector<int32_t>& tiles, const HeadScratch& made, HeadScratch&);
+  void find_peaks(int row, int look, const int32_t* tiles, int count, const float* values, HeadScratch&) const;
+  void keep_peaks(int row, int look, const int32_t* tiles, int count, const HeadScratch&);
+  bool is_finished(int row) const;
+  void finish_logits(int row, const int32_t* tiles, int count, const float* values, float* logits) const;
   static void begin_round(HeadRow&);
   void compute_whole(const op::Rescore&, int begin, int end, int thread, const Part&);
   void compute_wanted(const op::Rescore&, int row, int thread, const Part&);
-  double squared_errors(int tile, const float* screened, const float* exact) const;
-  void choose_token(int row, SampleScratch&);
+  double squared_errors(const HeadRow&, int tile, const float* screened, const float* exact) const;
+  void choose_token(int row, ThreadScratch&);
   float take_largest(int row, const float* logits) const;
   void sample_rows(int thread);
   void count_head_rows();

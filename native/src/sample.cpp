@@ -123,9 +123,8 @@ void collect(const float* x, int n, float floor, size_t count, std::vector<Candi
   std::sort(out.begin(), out.end(), before);
 }
 
-}  // namespace
-
-// The largest values of 256 strided parts bound the count-th largest from below.
+// The `count` largest values of at least `least`, largest first, the first among equals first. The largest of 256 strided
+// parts bound the count-th largest from below.
 void largest_values(const float* x, int n, size_t count, float least, std::vector<Candidate>& out) {
   constexpr int parts = 256;
   float floor = -infinity;
@@ -141,8 +140,6 @@ void largest_values(const float* x, int n, size_t count, float least, std::vecto
   }
   collect(x, n, std::max(floor, least), count, out);
 }
-
-namespace {
 
 Choice largest_after_noise(const SampleArgs& args, const SamplingRow& p, const float* x) {
   constexpr int width = 512;

@@ -60,8 +60,6 @@ Choice sample_row(const SampleArgs& args, int row, SampleScratch& scratch);
 NoiseKey noise_key(const SamplingRow& p);
 // The row's token is known: no log-probabilities are wanted.
 void take_token(const SampleArgs& args, int row, int token);
-// The `count` largest values of at least `least`, largest first, the first among equals first.
-void largest_values(const float* x, int n, size_t count, float least, std::vector<std::pair<float, int32_t>>& out);
 // Whether a row needs nothing but a token, chosen by its logits as they are.
 bool is_plain(const SampleArgs& args, int row);
 

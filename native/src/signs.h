@@ -1,13 +1,16 @@
 // The rows of a head as a screen keeps them: along a few directions, where most of what logits vary by lies, in 8 bits;
 // along others signs, which are columns of their own. A column belongs to a direction and adds or takes away its size
-// there: a direction that matters more has several, each the sign of what those before it leave. With them comes how far
-// off a row's logit is: the standard deviation over some text.
+// there: a direction that matters more has several, each the sign of what those before it leave. There are two looks: the
+// first one at the codes and the columns that matter most, of all rows; the second one at the other columns, of rows that
+// are likely. What they read lies apart. With each comes how far off a row's logit is after it: the standard deviation
+// over some text. The first look begins with a sample of the tiles, one in `stride`, which tells how likely others have to
+// be: what it reads lies in the order of the numbers of tiles modulo the stride, which makes long parts of it alike too.
 //
 // A tile holds sixteen rows (lanes are rows; those beyond the last are zero):
-//   codes       [4][16 rows]: of a direction, c stands for code_step * (c - 128)
+//   codes       [4][16 rows], of the first look alone: of a direction, c stands for code_step * (c - 128)
 //   signs       [columns/32][4][16 rows]: a bit a column, 1 is positive; byte j has columns 4 j and on in its lower
 //               half, the first one in its lowest bit, and columns 16 + 4 j and on in its upper half
-//   scales      [16] bfloat16, of the signs
+//   scales      [16] bfloat16, of the signs: the same in both looks
 //   deviations  [16] bfloat16; of rows beyond the last minus infinity
 #pragma once
 #include <cstdint>
@@ -30,25 +33,35 @@ struct PackedSigns {
 
   int out_features = 0;
   int in_features = 0;  // directions in all
-  std::vector<SignColumn> columns;  // a multiple of 32
+  std::vector<SignColumn> columns;  // those of the first look, and then those of the second: multiples of 32
+  int first_columns = 0;            // how many the first look has
   int tiles = 0;
+  int sampled = 0;             // how many tiles the sample has
+  std::vector<int32_t> order;  // in which the first look is at tiles,
+  std::vector<int32_t> places; // and where each tile is in it
   Memory memory;  // its own, until it is moved to an arena
   uint8_t* data = nullptr;
   size_t bytes = 0;
 
-  int groups() const { return static_cast<int>(columns.size()) / group; }
-  static constexpr size_t codes_bytes = static_cast<size_t>(directions) * lanes;
+  static constexpr int looks = 2;
   static constexpr size_t group_bytes = static_cast<size_t>(group) * lanes / 8;
+  int first_column(int look) const { return look == 0 ? 0 : first_columns; }
+  int end_column(int look) const { return look == 0 ? first_columns : static_cast<int>(columns.size()); }
+  int groups(int look) const { return (end_column(look) - first_column(look)) / group; }
   size_t table_bytes() const { return columns.size() * 4; }  // of a row of activations: kernels.h, sign_tables
-  size_t scales_at() const { return codes_bytes + groups() * group_bytes; }
-  size_t deviations_at() const { return scales_at() + lanes * sizeof(uint16_t); }
-  size_t tile_bytes() const { return deviations_at() + lanes * sizeof(uint16_t); }
-  uint8_t* tile(int t) const { return data + static_cast<size_t>(t) * tile_bytes(); }
-  const uint16_t* deviations(int t) const { return reinterpret_cast<const uint16_t*>(tile(t) + deviations_at()); }
+  size_t tables_at(int look) const { return static_cast<size_t>(first_column(look)) * 4; }
+  static constexpr size_t signs_at(int look) { return look == 0 ? static_cast<size_t>(directions) * lanes : 0; }
+  size_t scales_at(int look) const { return signs_at(look) + groups(look) * group_bytes; }
+  size_t deviations_at(int look) const { return scales_at(look) + lanes * sizeof(uint16_t); }
+  size_t tile_bytes(int look) const { return deviations_at(look) + lanes * sizeof(uint16_t); }
+  uint8_t* at_place(int place) const { return data + place * tile_bytes(0); }
+  uint8_t* tile(int look, int t) const { return look == 0 ? at_place(places[t]) : at_place(tiles) + t * tile_bytes(1); }
+  const uint16_t* deviations(int look, int t) const { return reinterpret_cast<const uint16_t*>(tile(look, t) + deviations_at(look)); }
 
   PackedSigns() = default;
-  PackedSigns(int out_features, int in_features, std::vector<SignColumn> columns);  // throws std::invalid_argument
-  // Rows [first, first + count): [count][directions], [columns][count], [count], [count]. Throws std::invalid_argument.
+  // Throws std::invalid_argument.
+  PackedSigns(int out_features, int in_features, std::vector<SignColumn> columns, int first_columns);
+  // Rows [first, first + count): [count][directions], [columns][count], [count], [looks][count]. Throws as above.
   void put_rows(int first, int count, const float* along, const bool* positive, const float* row_scales, const float* row_deviations);
   void move_to(Arena& arena);
 };

@@ -14,7 +14,16 @@ from safetensors.numpy import load_file, save_file
 from fallow.arrays import Float32
 from fallow.errors import FallowError, ModelFileError
 from fallow.models import head_screen
-from fallow.models.head_screen import DIRECTIONS, SCREEN_FILE, HeadScreen, mean_products, row_blocks, sign_columns
+from fallow.models.head_screen import (
+    DIRECTIONS,
+    LOOKS,
+    SCREEN_FILE,
+    HeadScreen,
+    first_sign_columns,
+    mean_products,
+    row_blocks,
+    sign_columns,
+)
 from fallow.models.tensors import RawTensor, TensorType
 
 VOCABULARY, HIDDEN = 5000, 64
@@ -63,19 +72,21 @@ def test_its_errors_are_as_large_as_it_says(screen: HeadScreen, head: Float32) -
     seen = np.linalg.eigvalsh(mean_products([states]))
     allowed = max(head_screen._UNSEEN_VARIANCE * np.median(seen), head_screen._LEAST_VARIANCE * seen.mean())
     states += np.random.default_rng(6).normal(0, allowed**0.5, states.shape).astype(np.float32)
-    errors = states @ head.T - screen.logits(states, tensor(head))
-    assert np.abs(errors).mean() < 0.2 * np.abs(states @ head.T - (states @ head.T).mean()).mean()
-    ratio = np.sqrt((errors.astype(np.float64) ** 2).mean(0)) / screen.deviations
-    assert 0.9 < ratio.mean() < 1.2  # the text that it knows was short
-    assert ratio.std() < 0.15
+    sizes = []
+    for look in range(LOOKS):
+        errors = states @ head.T - screen.logits(states, tensor(head), look=look)
+        sizes.append(np.abs(errors).mean() / np.abs(states @ head.T - (states @ head.T).mean()).mean())
+        ratio = np.sqrt((errors.astype(np.float64) ** 2).mean(0)) / screen.deviations[look]
+        assert 0.9 < ratio.mean() < 1.2  # the text that it knows was short
+        assert ratio.std() < 0.15
+    assert sizes[1] < 0.6 * sizes[0] < 0.12
 
 
 def test_the_shortlist_holds_the_largest(screen: HeadScreen, head: Float32) -> None:
     states = hidden_states(60, 6)
     largest = (states @ head.T).argmax(1)
     found = screen.shortlist(states, tensor(head), 480, tile=16)
-    assert found.shape == (60, 30)
-    assert (np.diff(found, axis=1) > 0).all()
+    assert all(len(tiles) == 30 and (np.diff(tiles) > 0).all() for tiles in found)
     assert np.mean([token // 16 in tiles for token, tiles in zip(largest, found, strict=True)]) > 0.95
     every = screen.shortlist(states[:1], tensor(head), VOCABULARY, tile=16)
     assert every[0].tolist() == list(range(-(-VOCABULARY // 16)))
@@ -110,6 +121,14 @@ def test_what_varies_most_has_most_signs(screen: HeadScreen) -> None:
     order = np.argsort(-screen.units[DIRECTIONS:])
     assert (np.diff(counts[DIRECTIONS:][order]) <= 0).all()
     assert counts.max() > 1
+    columns = screen.columns
+    worth = (screen.units[columns.directions] ** (2 * head_screen._EVENNESS)) * columns.sizes**2
+    assert columns.first == first_sign_columns(HIDDEN)
+    assert worth[: columns.first].mean() > 2 * worth[columns.first :].mean()
+    for direction in range(DIRECTIONS, HIDDEN):  # what comes before a sign is known when it is looked at
+        places = np.flatnonzero(columns.directions == direction)
+        looks = places[np.argsort(columns.ranks[places])] >= columns.first
+        assert (np.diff(looks.astype(int)) >= 0).all()
 
 
 def test_a_row_of_zeros_stays_so(screen: HeadScreen) -> None:
@@ -146,7 +165,8 @@ def put(value: float) -> Callable[[Float32], Float32]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed("deviations", lambda x: x[:-1]), f"deviations must be [{VOCABULARY}]"),
+        (changed("deviations", lambda x: x[:, :-1]), f"deviations must be [{LOOKS}, {VOCABULARY}]"),
+        (changed("deviations", lambda x: x[1]), f"deviations must be [{LOOKS}, {VOCABULARY}]"),
         (changed("projection", lambda x: x[:-1]), f"projection must be [{HIDDEN}, {HIDDEN}]"),
         (changed("projection", lambda x: x.astype(np.float16)), "of F32"),
         (changed("projection", np.zeros_like), "projection is no basis"),

@@ -109,7 +109,7 @@ void choose_pages(const PageChoiceTask& task, uint8_t* chosen, float* scratch) {
   }
   // NaN, from keys that are no numbers, counts as nothing.
   for (int i = 0; i < n; ++i) sums[i] = sums[i] > 0.f ? sums[i] : 0.f;
-  const float least = largest(sums, n, task.count);
+  const float least = largest<S>(sums, n, task.count);
   int left = task.count;
   for (int i = 0; i < n; ++i) {
     if (sums[i] > least) choose(task.first + i), --left;

@@ -5,7 +5,7 @@
 // quantisation in registers, arXiv 1704.07355). A table's bytes go to 31, so that four of them add up in a byte; what
 // they are rounded by is a twelfth of the error that signs make anyway.
 //
-// Limit: the bytes of the screen; with many rows two shuffles for each 64 bytes of it and row.
+// Limit: the bytes of the first look; with many rows two shuffles for each 64 bytes of it and row.
 #pragma once
 #include <cmath>
 
@@ -79,12 +79,13 @@ FALLOW_INLINE void sum_signs(const uint8_t* signs, int groups, const int8_t* tab
 
 // MR rows of activations by a tile.
 template <class S, int MR>
-FALLOW_INLINE void screen_tile(const ScreenTask& task, int row, int tile, const uint8_t* next, size_t fetch) {
+FALLOW_INLINE void screen_tile(const ScreenTask& task, int row, int place, const uint8_t* next, size_t fetch) {
   using F = typename S::F;
   using I = typename S::I;
   const PackedSigns& w = *task.weights;
   const float* x = task.x + row * task.x_stride;
-  const uint8_t* t = w.tile(tile);
+  const uint8_t* t = w.at_place(place);
+  const int tile = w.order[place];
   F along[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) along[m] = S::zero();
@@ -95,11 +96,12 @@ FALLOW_INLINE void screen_tile(const ScreenTask& task, int row, int tile, const 
     for (int m = 0; m < MR; ++m) along[m] = S::fma(codes, S::set1(x[m * task.x_stride + k] * PackedSigns::code_step), along[m]);
   }
   I signs[MR];
-  sum_signs<S, MR>(t + PackedSigns::codes_bytes, w.groups(), task.tables + row * w.table_bytes(), w.table_bytes(), next, fetch, signs);
-  const F scales = S::load_bf16(reinterpret_cast<const uint16_t*>(t + w.scales_at()));
+  sum_signs<S, MR>(t + w.signs_at(0), w.groups(0), task.tables + row * w.table_bytes(), w.table_bytes(), next, fetch, signs);
+  const F scales = S::load_bf16(reinterpret_cast<const uint16_t*>(t + w.scales_at(0)));
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
-    S::store(task.out + (row + m) * task.out_stride + tile * lanes, S::fma(S::to_float(signs[m]), S::mul(scales, S::set1(task.steps[row + m])), along[m]));
+    const F step = S::set1(task.steps[(row + m) * PackedSigns::looks]);
+    S::store(task.out[row + m] + tile * lanes, S::fma(S::to_float(signs[m]), S::mul(scales, step), along[m]));
   }
 }
 
@@ -107,23 +109,68 @@ template <class S>
 void screen(const ScreenTask& task, int begin, int end) {
   constexpr size_t ahead = 8192;
   const PackedSigns& w = *task.weights;
-  const size_t a_group = (w.tile_bytes() + w.groups() - 1) / w.groups();
-  for (int tile = begin; tile < end; ++tile) {
+  const size_t a_group = (w.tile_bytes(0) + w.groups(0) - 1) / w.groups(0);
+  for (int place = begin; place < end; ++place) {
     for (int row = 0; row < task.rows;) {
       const int take = std::min(S::max_rows, task.rows - row);
       const size_t fetch = row == 0 ? a_group : 0;
-      with_rows<S>(take, [&](auto rows) { screen_tile<S, decltype(rows)::value>(task, row, tile, w.tile(tile) + ahead, fetch); });
+      with_rows<S>(take, [&](auto rows) { screen_tile<S, decltype(rows)::value>(task, row, place, w.at_place(place) + ahead, fetch); });
       row += take;
     }
   }
 }
 
+// Tiles lie apart: who lists them fetches them.
+template <class S>
+void second_look(const SecondLookTask& task, const int32_t* tiles, int count) {
+  using F = typename S::F;
+  const PackedSigns& w = *task.weights;
+  for (int i = 0; i < count; ++i) {
+    const int tile = tiles[i];
+    const uint8_t* t = w.tile(1, tile);
+    typename S::I signs[1];
+    sum_signs<S, 1>(t, w.groups(1), task.tables + w.tables_at(1), w.table_bytes(), t, 0, signs);
+    const F scales = S::mul(S::load_bf16(reinterpret_cast<const uint16_t*>(t + w.scales_at(1))), S::set1(task.step));
+    S::store(task.out + tile * lanes, S::fma(S::to_float(signs[0]), scales, S::load(task.out + tile * lanes)));
+  }
+}
+
 // Of each tile the largest logit after `margin` > 0 of its deviations: rows beyond the last have none.
 template <class S>
-void screened_peaks(const PackedSigns& w, const float* logits, float margin, int begin, int end, float* peaks) {
-  for (int tile = begin; tile < end; ++tile) {
-    peaks[tile] = S::max_of(S::fma(S::load_bf16(w.deviations(tile)), S::set1(margin), S::load(logits + tile * lanes)));
+void screened_peaks(const PackedSigns& w, int look, const float* logits, float margin, const int32_t* tiles, int count, float* peaks) {
+  using F = typename S::F;
+  for (int begin = 0; begin < count; begin += lanes) {
+    F most[lanes];
+    for (int i = 0; i < lanes; ++i) {
+      const int tile = tiles[std::min(begin + i, count - 1)];
+      most[i] = S::fma(S::load_bf16(w.deviations(look, tile)), S::set1(margin), S::load(logits + tile * lanes));
+    }
+    alignas(64) float found[lanes];
+    S::store(found, S::max_of_each(most));
+    std::copy_n(found, std::min(lanes, count - begin), peaks + begin);
   }
+}
+
+// What of values, after `margin` of their deviations, may reach a number in spite of rounding.
+template <class S>
+int list_reaching(const float* values, const float* deviations, int n, float margin, float reach, int32_t* out) {
+  constexpr float rounding = 1e-5f;
+  constexpr int together = 64;
+  const auto reaches = [&](int i) {
+    const float more = margin * deviations[i];
+    return !(values[i] + more + rounding * (std::fabs(values[i]) + more) < reach);  // so does NaN
+  };
+  int listed = 0;
+  for (int begin = 0; begin < n; begin += together) {
+    const int end = std::min(begin + together, n);
+    int any = 0;
+    for (int i = begin; i < end; ++i) any |= static_cast<int>(reaches(i));
+    for (int i = begin; any != 0 && i < end; ++i) {
+      out[listed] = i;
+      listed += static_cast<int>(reaches(i));
+    }
+  }
+  return listed;
 }
 
 }  // namespace fallow::kernels

@@ -68,7 +68,7 @@ void keep_largest(float* x, int width, int count, Activation activation, float* 
     std::fill(x, x + width, 0.f);
     return;
   }
-  const float least = largest(scratch, width, count);
+  const float least = largest<S>(scratch, width, count);
   const bool has_equals = std::count_if(scratch, scratch + width, [&](float v) { return !(v < least); }) > count;
   for (int i = 0; i < width; ++i) {
     if (scratch[i] < least || (has_equals && scratch[i] == least)) x[i] = 0.f;  // NaN stays NaN

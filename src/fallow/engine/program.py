@@ -16,7 +16,7 @@ from fallow import _native
 from fallow.arrays import Bytes, Float32
 from fallow.models.config import ModelConfig
 from fallow.models.dequantize import dequantize
-from fallow.models.head_screen import HeadScreen, row_blocks
+from fallow.models.head_screen import HeadScreen, likely_tiles, row_blocks
 from fallow.models.quantize import quantize_q4_1, quantize_q8_0
 from fallow.models.resting import PageRule, Resting, ScreenRule
 from fallow.models.rope import rope_table
@@ -113,11 +113,11 @@ class ProgramBuilder:
         head = self.checkpoint.head
         columns = screen.columns
         vocab, hidden = head.shape
-        signs = _native.Signs(vocab, hidden, columns.directions, columns.sizes)
+        signs = _native.Signs(vocab, hidden, columns.directions, columns.sizes, first_columns=columns.first)
         first = 0
         for rows in row_blocks(head):
             codes = screen.codes(rows)
-            deviations = screen.deviations[first : first + len(rows)]
+            deviations = np.ascontiguousarray(screen.deviations[:, first : first + len(rows)])
             signs.put_rows(first, codes.along, codes.positive, codes.scales, deviations)
             first += len(rows)
         self.report["head_screen"] = "signs"
@@ -214,7 +214,9 @@ class DecoderProgram:
         program.linear(turned, turn, coordinates)
         cap = config.logit_softcap or 0.0
         program.screen(coordinates, builder.signs(screen), logits, cap=cap)
-        program.shortlist(logits, tiles=-(-rule.candidates // TILE_ROWS))
+        tiles = -(-rule.candidates // TILE_ROWS)
+        program.look_again(logits, tiles=likely_tiles(-(-config.vocab_size // TILE_ROWS), tiles))
+        program.shortlist(logits, tiles=tiles)
         program.rescore(whole, head, logits, cap=cap)
 
     def _attention(self, layer: int) -> None:

@@ -7,6 +7,10 @@ the screen keeps of each row its numbers along the ``DIRECTIONS`` that matter mo
 and one scale for all signs. A direction gets as many signs as it is worth, each for what those before it leave, as
 reverse water-filling shares bits out over components of different variance (Cover and Thomas, Elements of Information
 Theory, section 10.3.3); no direction's worth is trusted to the full, as other text has other hidden states.
+
+The signs that are worth most are looked at for all rows, the others for the likeliest seventh of them in a second look,
+after which the largest logits are told apart (as codes of product quantisation are refined for what is ranked again:
+Jégou et al., Searching in one billion vectors: re-rank with source coding, ICASSP 2011).
 """
 
 from __future__ import annotations
@@ -28,7 +32,10 @@ from fallow.models.tensors import Checkpoint, RawTensor
 
 DIRECTIONS = 4
 SIGN_GROUP = 32  # columns whose signs lie together: hidden sizes are multiples of it
+LOOKS = 2
 LIKELY = 3.0
+_LOOKED_AT_AGAIN = 7  # one of so many tiles
+_SAMPLE_STRIDE, _LEAST_SAMPLED = 8, 64  # as the engine samples tiles (native/src/signs.cpp)
 SCREEN_FILE = "head_screen.safetensors"
 _BLOCK = 4096  # rows at a time
 _UNSEEN_VARIANCE = 0.5  # of hidden states in any direction, in units of the median one: what text did not show may be
@@ -45,10 +52,12 @@ _LEFT = (1.0, 0.3634, 0.1306, 0.0585, 0.0330, 0.0227)
 @dataclass(frozen=True)
 class SignColumns:
     """Which signs there are: each of a direction of the basis, ``directions [n]``, that it changes by its size,
-    ``sizes [n]``; it is the sign of what the direction's ``ranks [n]`` signs of a larger size leave."""
+    ``sizes [n]``; it is the sign of what the direction's ``ranks [n]`` signs of a larger size leave. The first look is
+    at the ``first`` ones."""
 
     directions: Int32
     ranks: Int32
+    first: int
 
     @property
     def sizes(self) -> Float32:
@@ -76,8 +85,8 @@ class HeadScreen:
 
     ``projection [hidden, hidden]`` turns hidden states into the basis, most important direction first, in units in
     which rows have a mean square of 1 along each; ``units [hidden]``: how large hidden states are along each then.
-    ``deviations [vocab]``: of each row the standard deviation of the screen's error, in nats, over text that varies a
-    little more than what was seen.
+    ``deviations [LOOKS, vocab]``: of each row the standard deviation of the screen's error after each look, in nats,
+    over text that varies a little more than what was seen.
     """
 
     projection: Float32
@@ -105,21 +114,22 @@ class HeadScreen:
         sizes, basis = sizes[::-1], basis[:, ::-1]
         units = np.sqrt(np.maximum(sizes, 1e-16 * sizes[0]) / head.shape[0])  # of rows along each direction
         projection = np.ascontiguousarray((inverse @ basis * units).T.astype(np.float32))
-        screen = HeadScreen(projection, units.astype(np.float32), np.zeros(head.shape[0], np.float32))
+        screen = HeadScreen(projection, units.astype(np.float32), np.zeros((LOOKS, head.shape[0]), np.float32))
         return replace(screen, deviations=screen._deviations(head))
 
     def _deviations(self, head: RawTensor) -> Float32:
         """Coordinates of hidden states are uncorrelated, each as large as the unit of its direction."""
-        found = [
-            np.sqrt(self.units**2 @ (self.directions.T @ rows.T - self._kept(self.codes(rows))) ** 2)
-            for rows in row_blocks(head)
-        ]
-        deviations: Float32 = np.maximum(np.concatenate(found), 1e-6).astype(np.float32)
+        found = []
+        for rows in row_blocks(head):
+            turned, codes = self.directions.T @ rows.T, self.codes(rows)
+            found.append([np.sqrt(self.units**2 @ (turned - self._kept(codes, look)) ** 2) for look in range(LOOKS)])
+        deviations: Float32 = np.maximum(np.concatenate(found, axis=1), 1e-6).astype(np.float32)
         return deviations
 
     @cached_property
     def columns(self) -> SignColumns:
-        """In fours that are about as large, together: in tables of their sums all are rounded alike."""
+        """Those worth most come first. Of each look in fours that are about as large, together: in tables of their
+        sums all are rounded alike."""
         hidden = len(self.units)
         worth = self.units[DIRECTIONS:].astype(np.float64) ** (2 * _EVENNESS)
         gains = [(-(_LEFT[0] - _LEFT[1]) * value, direction, 0) for direction, value in enumerate(worth)]
@@ -131,12 +141,12 @@ class HeadScreen:
             if rank + 1 < len(_SIGN_SIZES):
                 gain = (_LEFT[rank + 1] - _LEFT[rank + 2]) * worth[direction]
                 heapq.heappush(gains, (-gain, direction, rank + 1))
+        first = first_sign_columns(hidden)
         directions, ranks = np.array(chosen, np.int32).T
-        columns = SignColumns(directions, ranks)
-        quarters = np.argsort(-self.units[directions] * columns.sizes, kind="stable").reshape(4, -1)
-        quarters[1::2] = quarters[1::2, ::-1]
-        order = quarters.T.reshape(-1)
-        return SignColumns(np.ascontiguousarray(directions[order]), np.ascontiguousarray(ranks[order]))
+        columns = SignColumns(directions, ranks, first)
+        sizes = self.units[columns.directions] * columns.sizes
+        order = np.concatenate([_in_fours(sizes[:first]), first + _in_fours(sizes[first:])])
+        return replace(columns, directions=columns.directions[order], ranks=columns.ranks[order])
 
     def codes(self, rows: Float32) -> RowCodes:
         """What is kept of rows of the head ``[n, hidden]``."""
@@ -154,27 +164,37 @@ class HeadScreen:
         scales = (weights @ (kept * others)) / (weights @ kept**2)
         return RowCodes(np.ascontiguousarray(turned[:DIRECTIONS].T), positive, scales)
 
-    def _kept(self, codes: RowCodes) -> Float32:
-        """Rows in the basis as their codes have them ``[hidden, n]``."""
+    def _kept(self, codes: RowCodes, look: int) -> Float32:
+        """Rows in the basis ``[hidden, n]`` as their codes have them that a look and those before it are at."""
         kept = np.zeros((len(self.units), len(codes.scales)), np.float32)
         kept[:DIRECTIONS] = codes.along.T
+        seen = self.columns.first if look == 0 else len(codes.positive)
         for size, places, directions in self.columns.by_rank():
-            kept[directions] += np.where(codes.positive[places], size, -size) * codes.scales
+            among = places < seen
+            kept[directions[among]] += np.where(codes.positive[places[among]], size, -size) * codes.scales
         return kept
 
-    def logits(self, hidden: Float32, head: RawTensor) -> Float32:
-        """The screen's logits ``[n, vocab]`` of hidden states ``[n, hidden]``, without rounding: the reference."""
+    def logits(self, hidden: Float32, head: RawTensor, *, look: int = LOOKS - 1) -> Float32:
+        """The screen's logits ``[n, vocab]`` of hidden states ``[n, hidden]`` after a look at all rows, without
+        rounding: the reference."""
         coordinates = hidden @ self.projection.T
-        return np.concatenate([coordinates @ self._kept(self.codes(rows)) for rows in row_blocks(head)], 1)
+        return np.concatenate([coordinates @ self._kept(self.codes(rows), look) for rows in row_blocks(head)], 1)
 
-    def shortlist(self, hidden: Float32, head: RawTensor, candidates: int, *, tile: int) -> Int64:
+    def shortlist(self, hidden: Float32, head: RawTensor, candidates: int, *, tile: int) -> list[Int64]:
         """The tiles of ``tile`` tokens that are computed at once for each row of ``hidden [n, hidden]``: those that
-        hold the largest logits, ``LIKELY`` deviations added; ``[n, tiles]``."""
-        likely = self.logits(hidden, head) + LIKELY * self.deviations
-        padding = -likely.shape[1] % tile
-        likely = np.pad(likely, ((0, 0), (0, padding)), constant_values=-np.inf)
-        peaks = likely.reshape(len(hidden), -1, tile).max(2)
-        found: Int64 = np.sort(np.argsort(-peaks, 1)[:, : -(-candidates // tile)], 1)
+        hold the largest logits after the second look, ``LIKELY`` deviations added, among those in which a logit is as
+        large, after the first one, as in about so many as ``likely_tiles``, by what a sample of the tiles tells."""
+        first, second = (
+            _peaks(self.logits(hidden, head, look=look) + LIKELY * self.deviations[look], tile) for look in range(LOOKS)
+        )
+        every, tiles = first.shape[1], -(-candidates // tile)
+        sample = first[:, :: _SAMPLE_STRIDE if every >= _SAMPLE_STRIDE * _LEAST_SAMPLED else 1]
+        wanted = min(-(-likely_tiles(every, tiles) * sample.shape[1] // every), sample.shape[1])
+        least = -np.sort(-sample, 1)[:, wanted - 1]
+        found = []
+        for before, after, enough in zip(first, second, least, strict=True):
+            likely = np.flatnonzero(before >= enough)
+            found.append(np.sort(likely[np.argsort(-after[likely], kind="stable")[:tiles]]))
         return found
 
     @staticmethod
@@ -192,7 +212,7 @@ class HeadScreen:
         shapes = {
             "projection": (hidden_size, hidden_size),
             "units": (hidden_size,),
-            "deviations": (vocab_size,),
+            "deviations": (LOOKS, vocab_size),
         }
         tensors = read_header(path)
         arrays = {}
@@ -227,8 +247,32 @@ class HeadScreen:
 
 
 def sign_columns(hidden_size: int) -> int:
-    """How many signs are kept of a row: eleven ninths of the hidden size, in whole groups."""
-    return SIGN_GROUP * -(-11 * hidden_size // (9 * SIGN_GROUP))
+    """How many signs are kept of a row: eleven sixths of the hidden size, in whole groups."""
+    return SIGN_GROUP * -(-11 * hidden_size // (6 * SIGN_GROUP))
+
+
+def first_sign_columns(hidden_size: int) -> int:
+    """How many of them the first look is at: seven ninths of the hidden size, in whole groups."""
+    return SIGN_GROUP * -(-7 * hidden_size // (9 * SIGN_GROUP))
+
+
+def likely_tiles(tiles: int, computed: int) -> int:
+    """How many tiles of the vocabulary's are looked at again where so many are to be computed."""
+    return max(-(-tiles // _LOOKED_AT_AGAIN), min(2 * computed, tiles))
+
+
+def _in_fours(sizes: Float32) -> Int64:
+    """Places of ``sizes [n]``, a multiple of four: those of each four are about as large, together, as all others."""
+    quarters = np.argsort(-sizes, kind="stable").reshape(4, -1)
+    quarters[1::2] = quarters[1::2, ::-1]
+    return quarters.T.reshape(-1)
+
+
+def _peaks(logits: Float32, tile: int) -> Float32:
+    """The largest of each ``tile`` logits: ``[n, vocab]`` to ``[n, tiles]``."""
+    padded = np.pad(logits, ((0, 0), (0, -logits.shape[1] % tile)), constant_values=-np.inf)
+    peaks: Float32 = padded.reshape(len(logits), -1, tile).max(2)
+    return peaks
 
 
 def row_blocks(head: RawTensor) -> Iterator[Float32]:

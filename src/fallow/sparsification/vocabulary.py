@@ -7,14 +7,22 @@ from collections.abc import Sequence
 import torch
 
 from fallow.models.decoder import Decoder
-from fallow.models.head_screen import DIRECTIONS, SIGN_GROUP, HeadScreen, mean_products, sign_columns
+from fallow.models.head_screen import (
+    DIRECTIONS,
+    SIGN_GROUP,
+    HeadScreen,
+    first_sign_columns,
+    likely_tiles,
+    mean_products,
+    sign_columns,
+)
 from fallow.models.info import held_bytes
 from fallow.models.tensors import Checkpoint
 from fallow.plan import LayerRule
 from fallow.sparsification.choices import Load
 
-CANDIDATES = 1280
-"""Tokens that are computed at once: one choice in four needs more, and they are 2.6% of 49,152."""
+CANDIDATES = 768
+"""Tokens that are computed at once: one choice in five needs more, and they are 1.6% of 49,152."""
 OWN_TEXTS = (12, 512)
 """How many texts of how many tokens the model writes for its screen: a basis needs more of them than it has
 directions, and what the model writes is what it chooses words after."""
@@ -46,4 +54,7 @@ def spared_bytes(checkpoint: Checkpoint, precision: str, load: Load) -> float:
     vocab, hidden = checkpoint.head.shape
     whole = held_bytes(checkpoint.head, precision, is_head=True)
     rescored = min(load.batch * CANDIDATES / vocab, 1.0)
-    return whole * (1 - rescored) - vocab * (DIRECTIONS + sign_columns(hidden) / 8 + 4)  # codes, signs, two numbers
+    again = min(load.batch * likely_tiles(vocab, CANDIDATES) / vocab, 1.0)
+    first = first_sign_columns(hidden)
+    signs = first + again * (sign_columns(hidden) - first)
+    return whole * (1 - rescored) - vocab * (DIRECTIONS + signs / 8 + 4 * (1 + again))  # a scale and a deviation a look
