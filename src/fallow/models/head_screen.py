@@ -8,7 +8,7 @@ and one scale for all signs. A direction gets as many signs as it is worth, each
 reverse water-filling shares bits out over components of different variance (Cover and Thomas, Elements of Information
 Theory, section 10.3.3); no direction's worth is trusted to the full, as other text has other hidden states.
 
-The signs that are worth most are looked at for all rows, the others for the likeliest seventh of them in a second look,
+The signs that are worth most are looked at for all rows, the others for the likeliest sixth of them in a second look,
 after which the largest logits are told apart (as codes of product quantisation are refined for what is ranked again:
 Jégou et al., Searching in one billion vectors: re-rank with source coding, ICASSP 2011).
 """
@@ -34,7 +34,7 @@ DIRECTIONS = 4
 SIGN_GROUP = 32  # columns whose signs lie together: hidden sizes are multiples of it
 LOOKS = 2
 LIKELY = 3.0
-_LOOKED_AT_AGAIN = 7  # one of so many tiles
+_LOOKED_AT_AGAIN = 6  # one of so many tiles
 _SAMPLE_STRIDE, _LEAST_SAMPLED = 8, 64  # as the engine samples tiles (native/src/signs.cpp)
 SCREEN_FILE = "head_screen.safetensors"
 _BLOCK = 4096  # rows at a time

@@ -21,8 +21,8 @@ from fallow.models.tensors import Checkpoint
 from fallow.plan import LayerRule
 from fallow.sparsification.choices import Load
 
-CANDIDATES = 768
-"""Tokens that are computed at once: one choice in five needs more, and they are 1.6% of 49,152."""
+CANDIDATES = 1024
+"""Tokens that are computed at once: one choice in six needs more, and they are 2.1% of 49,152."""
 OWN_TEXTS = (12, 512)
 """How many texts of how many tokens the model writes for its screen: a basis needs more of them than it has
 directions, and what the model writes is what it chooses words after."""
