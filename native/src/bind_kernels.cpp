@@ -256,12 +256,7 @@ NumpyFloats screen(const std::string& isa, const PackedSigns& w, const Matrix& x
   constexpr size_t looks = PackedSigns::looks;
   std::vector<float> steps(rows * looks);
   const auto tables_of = [&](int r) { return tables.as<int8_t>() + r * w.table_bytes(); };
-  for (int r = 0; r < rows; ++r) {
-    for (int look = 0; look < PackedSigns::looks; ++look) {
-      steps[r * looks + look] = kernels.sign_tables(x.data() + r * x.shape(1), w.columns.data() + w.first_column(look),
-                                                    w.end_column(look) - w.first_column(look), tables_of(r) + w.tables_at(look));
-    }
-  }
+  for (int r = 0; r < rows; ++r) kernels.sign_tables(w, x.data() + r * x.shape(1), tables_of(r), steps.data() + r * looks);
   const size_t stride = static_cast<size_t>(w.tiles) * lanes;
   std::vector<float> out(looks * rows * stride);
   const auto out_of = [&](int look, int r) { return out.data() + (look * rows + r) * stride; };

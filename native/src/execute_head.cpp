@@ -106,11 +106,7 @@ void Program::execute(const op::Screen& o, int, int thread, const Part& part) {
     for (int r = begin; r < end; ++r) {
       if (part.share == 0) head_rows_[r].tables_by = thread;
       scratch.out[r] = is_finished(r) ? row(o.out, r, part) : first_logits_.as<float>() + r * logits_stride();
-      for (int look = 0; look < PackedSigns::looks; ++look) {
-        const int columns = w.end_column(look) - w.first_column(look);
-        scratch.steps[r * PackedSigns::looks + look] = kernels_.sign_tables(row(o.x, r, part), w.columns.data() + w.first_column(look), columns,
-                                                                            scratch.tables_of(r, w) + w.tables_at(look));
-      }
+      kernels_.sign_tables(w, row(o.x, r, part), scratch.tables_of(r, w), scratch.steps.data() + r * PackedSigns::looks);
     }
     look_first(begin, end, first, last, scratch, part);
     for (int r = begin; r < end; ++r) {
@@ -125,25 +121,14 @@ void Program::execute(const op::SecondLook& o, int, int thread, const Part& part
   const PackedSigns& w = screen();
   HeadScratch& scratch = scratch_[thread].head;
   const int sampled = w.sampled;
-  const auto look = [&](int begin, int end, int first, int last, bool is_sample) {
-    for (int from = first; from < last; from += chunk) {
-      const int count = std::min(chunk, last - from);
-      const int32_t* tiles = w.order.data() + from;
-      if (!is_sample) look_first(begin, end, from, from + count, scratch, part);
-      for (int r = begin; r < end; ++r) {
-        look_again(r, scratch.likely[r], scratch, scratch);
-        if (is_sample) {
-          std::copy_n(head_rows_[r].sample.data() + from, count, scratch.peaks.data());
-        } else {
-          find_peaks(r, 0, tiles, count, scratch.out[r], scratch);
-        }
-        keep_peaks(r, 0, tiles, count, scratch);
-        for (int i = 0; i < count; ++i) {
-          if (scratch.peaks[i] < scratch.thresholds[r]) continue;
-          scratch.likely[r].push_back(tiles[i]);
-          prefetch_run(w.tile(1, tiles[i]), w.tile_bytes(1));
-        }
-      }
+  const int others = w.tiles - sampled;
+  const auto take = [&](int r, int from, int count, const float* peaks) {
+    const int32_t* tiles = w.order.data() + from;
+    keep_peaks(r, 0, tiles, count, peaks);
+    for (int i = 0; i < count; ++i) {
+      if (peaks[i] < scratch.thresholds[r]) continue;
+      scratch.likely[r].push_back(tiles[i]);
+      prefetch_run(w.tile(1, tiles[i]), w.tile_bytes(1));
     }
   };
   for_screened_rows(part, [&](int begin, int end) {
@@ -153,9 +138,19 @@ void Program::execute(const op::SecondLook& o, int, int thread, const Part& part
       const int listed = kernels_.list_largest(sample.data(), sampled, wanted, scratch.tiles.data());
       scratch.thresholds[r] = infinity;
       for (int i = 0; i < listed; ++i) scratch.thresholds[r] = std::min(scratch.thresholds[r], sample[scratch.tiles[i]]);
+      const int first = part.first_of(sampled);
+      take(r, first, part.end_of(sampled) - first, sample.data() + first);
     }
-    look(begin, end, part.first_of(sampled), part.end_of(sampled), true);
-    look(begin, end, sampled + part.first_of(w.tiles - sampled), sampled + part.end_of(w.tiles - sampled), false);
+    const int last = sampled + part.end_of(others);
+    for (int from = sampled + part.first_of(others); from < last; from += chunk) {
+      const int count = std::min(chunk, last - from);
+      look_first(begin, end, from, from + count, scratch, part);
+      for (int r = begin; r < end; ++r) {
+        look_again(r, scratch.likely[r], scratch, scratch);
+        find_peaks(r, 0, w.order.data() + from, count, scratch.out[r], scratch);
+        take(r, from, count, scratch.peaks.data());
+      }
+    }
     for (int r = begin; r < end; ++r) look_again(r, scratch.likely[r], scratch, scratch);
   });
 }
@@ -176,35 +171,36 @@ void Program::look_again(int r, std::vector<int32_t>& tiles, const HeadScratch& 
   if (count == 0) return;
   kernels_.second_look({&w, made.tables_of(r, w), made.steps[r * PackedSigns::looks + 1], made.out[r]}, tiles.data(), count);
   find_peaks(r, 1, tiles.data(), count, made.out[r], scratch);
-  keep_peaks(r, 1, tiles.data(), count, scratch);
+  keep_peaks(r, 1, tiles.data(), count, scratch.peaks.data());
   tiles.clear();
 }
 
 // Of tiles after a look, which made `values` of them.
 void Program::find_peaks(int r, int look, const int32_t* tiles, int count, const float* values, HeadScratch& scratch) const {
-  auto* logits = buffers_[logits_].memory.as<float>() + r * logits_stride();
+  float* logits = logits_of(r);
   finish_logits(r, tiles, count, values, logits);
   kernels_.screened_peaks(screen(), look, logits, likely_deviations, tiles, count, scratch.peaks.data());
 }
 
-void Program::keep_peaks(int r, int look, const int32_t* tiles, int count, const HeadScratch& scratch) {
+void Program::keep_peaks(int r, int look, const int32_t* tiles, int count, const float* peaks) {
   HeadRow& head = head_rows_[r];
   for (int i = 0; i < count; ++i) {
     head.looks[tiles[i]] = static_cast<char>(look);
-    head.peaks[tiles[i]] = scratch.peaks[i];
+    head.peaks[tiles[i]] = peaks[i];
     head.deviations[tiles[i]] = largest_deviations_[look][tiles[i]];
   }
 }
 
 // Whether logits of a row stay what the product made of them.
-bool Program::is_finished(int r) const { return !(screening().cap > 0.f) && !(is_noisy(sample_->sampling[r]) && step_.mode == Mode::plan); }
+bool Program::is_finished(int r) const { return !(screening().cap > 0.f) && !has_noise(r); }
+bool Program::has_noise(int r) const { return step_.mode == Mode::plan && is_noisy(sample_->sampling[r]); }
 
 // What logits go through after the product: the cap, and the noise of a draw.
 void Program::finish_logits(int r, const int32_t* tiles, int count, const float* values, float* logits) const {
   if (is_finished(r)) return;
   const float cap = screening().cap;
   const SamplingRow& p = sample_->sampling[r];
-  const bool noisy = is_noisy(p) && step_.mode == Mode::plan;
+  const bool noisy = has_noise(r);
   const NoiseKey key = noise_key(p);
   for (int i = 0; i < count; ++i) {
     const int first = tiles[i] * lanes;
@@ -324,7 +320,7 @@ void Program::choose_token(int r, ThreadScratch& scratch) {
     head.peaks[tile] = std::numeric_limits<float>::lowest();
   }
   if (head.rounds == 0) head.listed = head.exact.size();
-  const float* logits = sample_->logits + static_cast<size_t>(r) * sample_->stride;
+  const float* logits = logits_of(r);
   const SamplingRow& p = sample_->sampling[r];
   if (step_.mode == Mode::draft) {  // it may be wrong: the approximate logits serve beside the exact ones
     if (p.is_draw()) {
@@ -350,7 +346,7 @@ void Program::want_doubtful_tiles(int r, float reach, HeadScratch& scratch) {
   HeadRow& head = head_rows_[r];
   const float margin = safe_deviations * std::max(head.scale, 1e-6f);
   const float further = std::max(margin - likely_deviations, 0.f);
-  const float* logits = buffers_[logits_].memory.as<float>() + r * logits_stride();
+  const float* logits = logits_of(r);
   const auto list = [&](int look, std::vector<int32_t>& out) {
     const int found = kernels_.list_reaching(head.peaks.data(), head.deviations.data(), screen().tiles, further, reach, scratch.tiles.data());
     out.clear();

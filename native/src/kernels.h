@@ -233,9 +233,9 @@ struct Kernels {
   void (*spread)(const SpreadTask&, int begin, int end);
   // Logits of tokens [first, first + width), width a multiple of 16: out = x + temperature * noise.
   void (*perturb)(const float* x, int first, int width, float temperature, NoiseKey key, float* out);
-  // What signs of each four columns, a multiple of 32, make of activations: tables [count / 32][8][16], whose entry i has
-  // the columns with the signs that its bits say. Returns what a 1 stands for.
-  float (*sign_tables)(const float* x, const SignColumn* columns, int count, int8_t* tables);
+  // What signs of each four columns make of activations: tables [columns / 32][8][16], whose entry i has the columns with
+  // the signs that its bits say. steps: of each look, what a 1 stands for.
+  void (*sign_tables)(const PackedSigns&, const float* x, int8_t* tables, float* steps);
   // The tiles at places [begin, end).
   void (*screen)(const ScreenTask&, int begin, int end);
   void (*second_look)(const SecondLookTask&, const int32_t* tiles, int count);

@@ -327,8 +327,10 @@ class Program {
   void look_first(int begin, int end, int first, int last, HeadScratch&, const Part&);
   void look_again(int row, std::vector<int32_t>& tiles, const HeadScratch& made, HeadScratch&);
   void find_peaks(int row, int look, const int32_t* tiles, int count, const float* values, HeadScratch&) const;
-  void keep_peaks(int row, int look, const int32_t* tiles, int count, const HeadScratch&);
+  void keep_peaks(int row, int look, const int32_t* tiles, int count, const float* peaks);
   bool is_finished(int row) const;
+  bool has_noise(int row) const;
+  float* logits_of(int row) const { return buffers_[logits_].memory.as<float>() + row * logits_stride(); }
   void finish_logits(int row, const int32_t* tiles, int count, const float* values, float* logits) const;
   static void begin_round(HeadRow&);
   void compute_whole(const op::Rescore&, int begin, int end, int thread, const Part&);

@@ -11,7 +11,7 @@
 namespace fallow {
 namespace {
 
-constexpr int large_stride = 8;
+constexpr int large_stride = 8;     // both as in models/head_screen.py, whose shortlist is the reference
 constexpr int least_sampled = 64;  // tiles: what they tell of others is right within an eighth or so
 
 }  // namespace

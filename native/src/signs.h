@@ -36,9 +36,9 @@ struct PackedSigns {
   std::vector<SignColumn> columns;  // those of the first look, and then those of the second: multiples of 32
   int first_columns = 0;            // how many the first look has
   int tiles = 0;
-  int sampled = 0;             // how many tiles the sample has
-  std::vector<int32_t> order;  // in which the first look is at tiles,
-  std::vector<int32_t> places; // and where each tile is in it
+  int sampled = 0;              // how many tiles the sample has
+  std::vector<int32_t> order;   // in which the first look is at tiles,
+  std::vector<int32_t> places;  // and where each tile is in it
   Memory memory;  // its own, until it is moved to an arena
   uint8_t* data = nullptr;
   size_t bytes = 0;

@@ -9,20 +9,24 @@
 namespace fallow::kernels {
 
 // Whole numbers in the order of their floats; NaN is beyond infinity, on the side of its sign.
-FALLOW_INLINE uint32_t in_order(float value) {
+FALLOW_INLINE uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
+  return bits;
+}
+FALLOW_INLINE uint32_t in_order(float value) {
+  const uint32_t bits = bits_of(value);
   return bits ^ ((0u - (bits >> 31)) | 0x80000000u);
 }
 
-// The greatest number that `count` > 0 of n reach, or one below it that no others do.
-template <class S>
-uint32_t greatest(const uint32_t* numbers, int n, int count) {
+// The greatest number that `count` > 0 of number(0) to number(n - 1) reach, or one below it that no others do.
+template <class S, class Number>
+uint32_t greatest(int n, int count, const Number& number) {
   uint32_t found = 0;  // one bit after the other
   for (uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
     const uint32_t at_least = found | bit;
     int reached = 0;
-    for (int i = 0; i < n; ++i) reached += numbers[i] >= at_least;
+    for (int i = 0; i < n; ++i) reached += number(i) >= at_least;
     if (reached >= count) found = at_least;
     if (reached == count) break;
   }
@@ -32,7 +36,7 @@ uint32_t greatest(const uint32_t* numbers, int n, int count) {
 // A number that `count` > 0 of n values, none negative, reach, and more only where several are equal to it.
 template <class S>
 float largest(const float* values, int n, int count) {
-  const uint32_t found = greatest<S>(reinterpret_cast<const uint32_t*>(values), n, count);
+  const uint32_t found = greatest<S>(n, count, [&](int i) { return bits_of(values[i]); });
   float result;
   std::memcpy(&result, &found, 4);
   return result;
@@ -45,7 +49,7 @@ int list_largest(const float* values, int n, int count, int32_t* out) {
   if (std::min(count, n) <= 0) return 0;
   auto* numbers = reinterpret_cast<uint32_t*>(out);  // until their places are written over them
   for (int i = 0; i < n; ++i) numbers[i] = in_order(values[i]);
-  const uint32_t least = greatest<S>(numbers, n, std::min(count, n));
+  const uint32_t least = greatest<S>(n, std::min(count, n), [&](int i) { return numbers[i]; });
   int equals = std::min(count, n);
   for (int i = 0; i < n; ++i) equals -= numbers[i] > least;
   int listed = 0;

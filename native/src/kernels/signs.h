@@ -17,7 +17,7 @@ namespace fallow::kernels {
 constexpr float largest_entry = 31.f;
 
 template <class S>
-float sign_tables(const float* x, const SignColumn* columns, int count, int8_t* tables) {
+float fill_tables(const float* x, const SignColumn* columns, int count, int8_t* tables) {
   using F = typename S::F;
   const auto of = [&](int k) { return x[columns[k].direction] * columns[k].size; };
   float most = 0.f;
@@ -36,6 +36,14 @@ float sign_tables(const float* x, const SignColumn* columns, int count, int8_t* 
     S::store_s8(tables, S::to_int(S::mul(sums, fit)));
   }
   return most / largest_entry;
+}
+
+template <class S>
+void sign_tables(const PackedSigns& w, const float* x, int8_t* tables, float* steps) {
+  for (int look = 0; look < PackedSigns::looks; ++look) {
+    const int first = w.first_column(look);
+    steps[look] = fill_tables<S>(x, w.columns.data() + first, w.end_column(look) - first, tables + w.tables_at(look));
+  }
 }
 
 // The sums of signs of a tile for MR rows of activations. With every group of columns `fetch` bytes from `next` on are
