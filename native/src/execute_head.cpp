@@ -22,9 +22,8 @@ namespace {
 constexpr float likely_deviations = 3.f;  // with which tiles compete to be computed first; LIKELY in models/head_screen.py
 constexpr float safe_deviations = 5.f;
 constexpr int most_rounds = 2;  // of further tiles, before a row gets all of them
-constexpr int chunk = 32;  // tiles of the first look, after which those of the chunk before are looked at again
+constexpr int chunk = 32;  // tiles of the first look, whose peaks are found while their logits are in the cache
 constexpr char exact_look = PackedSigns::looks;
-constexpr int tiles_ahead = 4;  // of the head, fetched before they are computed
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
 bool is_noisy(const SamplingRow& p) { return p.is_draw() && p.is_from_all(); }
@@ -52,9 +51,8 @@ void Program::prepare_head() {
     head.tables = Memory(rows * w.table_bytes());
     head.steps.resize(rows * PackedSigns::looks);
     head.out.resize(rows);
-    head.thresholds.resize(rows);
-    head.likely.resize(rows);
     head.tiles.resize(w.tiles + 1);
+    head.listed.resize(w.tiles + 1);
     head.peaks.resize(w.tiles);
   }
   head_rows_.resize(rows);
@@ -62,11 +60,12 @@ void Program::prepare_head() {
     row.looks.resize(w.tiles);
     row.peaks.resize(w.tiles);
     row.deviations.resize(w.tiles);
-    row.sample.resize(w.sampled);
+    row.likely.resize(pool_.size());
   }
 }
 
 const op::Screen& Program::screening() const { return std::get<op::Screen>(operations_[rescore_ - 3]); }
+const op::SecondLook& Program::second_look() const { return std::get<op::SecondLook>(operations_[rescore_ - 2]); }
 const PackedSigns& Program::screen() const { return *signs_[screening().signs]; }
 
 void Program::begin_head() {
@@ -99,8 +98,9 @@ void Program::for_screened_rows(const Part& part, const F& f) const {
 void Program::execute(const op::Screen& o, int, int thread, const Part& part) {
   const PackedSigns& w = *signs_[o.signs];
   HeadScratch& scratch = scratch_[thread].head;
-  const int first = part.first_of(w.sampled);
-  const int last = part.end_of(w.sampled);
+  const int first = part.first_of(w.tiles);
+  const int last = part.end_of(w.tiles);
+  std::iota(scratch.tiles.begin() + first, scratch.tiles.begin() + last, first);
   for_screened_rows(part, [&](int begin, int end) {
     // Each thread makes all tables for itself, of both looks: that takes less time than one more barrier.
     for (int r = begin; r < end; ++r) {
@@ -108,85 +108,67 @@ void Program::execute(const op::Screen& o, int, int thread, const Part& part) {
       scratch.out[r] = is_finished(r) ? row(o.out, r, part) : first_logits_.as<float>() + r * logits_stride();
       kernels_.sign_tables(w, row(o.x, r, part), scratch.tables_of(r, w), scratch.steps.data() + r * PackedSigns::looks);
     }
-    look_first(begin, end, first, last, scratch, part);
+    for (int from = first; from < last; from += chunk) {
+      const int to = std::min(from + chunk, last);
+      kernels_.screen({&w, row(o.x, begin, part), buffers_[o.x].stride, scratch.tables_of(begin, w),
+                       scratch.steps.data() + begin * PackedSigns::looks, end - begin, scratch.out.data() + begin},
+                      from, to);
+      for (int r = begin; r < end; ++r) keep_peaks(r, 0, scratch.tiles.data() + from, to - from, scratch.out[r], scratch);
+    }
     for (int r = begin; r < end; ++r) {
-      find_peaks(r, 0, w.order.data() + first, last - first, scratch.out[r], scratch);
-      std::copy_n(scratch.peaks.data(), last - first, head_rows_[r].sample.data() + first);
-    }
-  });
-}
-
-// A sample tells which peak about so many tiles reach that are looked at again: a little later, when they have been fetched.
-void Program::execute(const op::SecondLook& o, int, int thread, const Part& part) {
-  const PackedSigns& w = screen();
-  HeadScratch& scratch = scratch_[thread].head;
-  const int sampled = w.sampled;
-  const int others = w.tiles - sampled;
-  const auto take = [&](int r, int from, int count, const float* peaks) {
-    const int32_t* tiles = w.order.data() + from;
-    keep_peaks(r, 0, tiles, count, peaks);
-    for (int i = 0; i < count; ++i) {
-      if (peaks[i] < scratch.thresholds[r]) continue;
-      scratch.likely[r].push_back(tiles[i]);
-      prefetch_run(w.tile(1, tiles[i]), w.tile_bytes(1));
-    }
-  };
-  for_screened_rows(part, [&](int begin, int end) {
-    for (int r = begin; r < end; ++r) {
-      const std::vector<float>& sample = head_rows_[r].sample;
-      const auto wanted = static_cast<int>((int64_t{o.tiles} * sampled + w.tiles - 1) / w.tiles);
-      const int listed = kernels_.list_largest(sample.data(), sampled, wanted, scratch.tiles.data());
-      scratch.thresholds[r] = infinity;
-      for (int i = 0; i < listed; ++i) scratch.thresholds[r] = std::min(scratch.thresholds[r], sample[scratch.tiles[i]]);
-      const int first = part.first_of(sampled);
-      take(r, first, part.end_of(sampled) - first, sample.data() + first);
-    }
-    const int last = sampled + part.end_of(others);
-    for (int from = sampled + part.first_of(others); from < last; from += chunk) {
-      const int count = std::min(chunk, last - from);
-      look_first(begin, end, from, from + count, scratch, part);
-      for (int r = begin; r < end; ++r) {
-        look_again(r, scratch.likely[r], scratch, scratch);
-        find_peaks(r, 0, w.order.data() + from, count, scratch.out[r], scratch);
-        take(r, from, count, scratch.peaks.data());
+      const float* peaks = head_rows_[r].peaks.data() + first;
+      const int count = kernels_.list_largest(peaks, last - first, second_look().tiles, scratch.listed.data());
+      Peaks& likely = head_rows_[r].likely[part.share];
+      likely.tiles.resize(count);
+      likely.peaks.resize(count);
+      for (int i = 0; i < count; ++i) {
+        likely.tiles[i] = first + scratch.listed[i];
+        likely.peaks[i] = peaks[scratch.listed[i]];
       }
     }
-    for (int r = begin; r < end; ++r) look_again(r, scratch.likely[r], scratch, scratch);
   });
 }
 
-// Approximate logits of the tiles at places [first, last).
-void Program::look_first(int begin, int end, int first, int last, HeadScratch& scratch, const Part& part) {
-  const PackedSigns& w = screen();
-  const int x = screening().x;
-  kernels_.screen({&w, row(x, begin, part), buffers_[x].stride, scratch.tables_of(begin, w), scratch.steps.data() + begin * PackedSigns::looks,
-                   end - begin, scratch.out.data() + begin},
-                  first, last);
+void Program::execute(const op::SecondLook& o, int, int thread, const Part& part) {
+  HeadScratch& scratch = scratch_[thread].head;
+  for_screened_rows(part, [&](int begin, int end) {
+    for (int r = begin; r < end; ++r) {
+      HeadRow& head = head_rows_[r];
+      // Each thread lists for itself what all shares have, and takes its part of that: every second tile, or third, since
+      // where one is likely others are, which the processor fetches by itself.
+      int count = 0;
+      for (int share = 0; share < part.shares; ++share) {
+        const Peaks& likely = head.likely[share];
+        std::copy(likely.tiles.begin(), likely.tiles.end(), scratch.tiles.begin() + count);
+        std::copy(likely.peaks.begin(), likely.peaks.end(), scratch.peaks.begin() + count);
+        count += static_cast<int>(likely.tiles.size());
+      }
+      count = kernels_.list_largest(scratch.peaks.data(), count, o.tiles, scratch.listed.data());
+      for (int i = 0; i < count; ++i) scratch.listed[i] = scratch.tiles[scratch.listed[i]];
+      if (part.share == 0) head.again.assign(scratch.listed.begin(), scratch.listed.begin() + count);
+      int mine = 0;
+      for (int i = part.share; i < count; i += part.shares) scratch.listed[mine++] = scratch.listed[i];
+      look_again(r, scratch.listed.data(), mine, scratch, scratch);
+    }
+  });
 }
 
-// Takes the tiles of a list, which is empty then. `made` has the tables of the row.
-void Program::look_again(int r, std::vector<int32_t>& tiles, const HeadScratch& made, HeadScratch& scratch) {
+// `made` has the tables of the row.
+void Program::look_again(int r, const int32_t* tiles, int count, const HeadScratch& made, HeadScratch& scratch) {
   const PackedSigns& w = screen();
-  const auto count = static_cast<int>(tiles.size());
-  if (count == 0) return;
-  kernels_.second_look({&w, made.tables_of(r, w), made.steps[r * PackedSigns::looks + 1], made.out[r]}, tiles.data(), count);
-  find_peaks(r, 1, tiles.data(), count, made.out[r], scratch);
-  keep_peaks(r, 1, tiles.data(), count, scratch.peaks.data());
-  tiles.clear();
+  kernels_.second_look({&w, made.tables_of(r, w), made.steps[r * PackedSigns::looks + 1], made.out[r]}, tiles, count);
+  keep_peaks(r, 1, tiles, count, made.out[r], scratch);
 }
 
 // Of tiles after a look, which made `values` of them.
-void Program::find_peaks(int r, int look, const int32_t* tiles, int count, const float* values, HeadScratch& scratch) const {
+void Program::keep_peaks(int r, int look, const int32_t* tiles, int count, const float* values, HeadScratch& scratch) {
+  HeadRow& head = head_rows_[r];
   float* logits = logits_of(r);
   finish_logits(r, tiles, count, values, logits);
   kernels_.screened_peaks(screen(), look, logits, likely_deviations, tiles, count, scratch.peaks.data());
-}
-
-void Program::keep_peaks(int r, int look, const int32_t* tiles, int count, const float* peaks) {
-  HeadRow& head = head_rows_[r];
   for (int i = 0; i < count; ++i) {
     head.looks[tiles[i]] = static_cast<char>(look);
-    head.peaks[tiles[i]] = peaks[i];
+    head.peaks[tiles[i]] = scratch.peaks[i];
     head.deviations[tiles[i]] = largest_deviations_[look][tiles[i]];
   }
 }
@@ -215,15 +197,11 @@ void Program::execute(const op::Shortlist& o, int, int thread, const Part& part)
   for (int r = part.begin; r < part.end; ++r) {
     HeadRow& head = head_rows_[r];
     if (head.whole) continue;
-    int count = 0;
-    for (int tile = 0; tile < screen().tiles; ++tile) {  // without branches, which nobody could foretell
-      scratch.tiles[count] = tile;
-      count += static_cast<int>(head.looks[tile] == 1);
-    }
-    for (int i = 0; i < count; ++i) scratch.peaks[i] = head.peaks[scratch.tiles[i]];
+    const auto count = static_cast<int>(head.again.size());
+    for (int i = 0; i < count; ++i) scratch.peaks[i] = head.peaks[head.again[i]];
     head.wanted.resize(count + 1);
     head.wanted.resize(kernels_.list_largest(scratch.peaks.data(), count, o.tiles, head.wanted.data()));
-    for (int32_t& wanted : head.wanted) wanted = scratch.tiles[wanted];
+    for (int32_t& wanted : head.wanted) wanted = head.again[wanted];
     head.exact.clear();
     begin_round(head);
   }
@@ -266,17 +244,19 @@ void Program::compute_whole(const op::Rescore& o, int begin, int end, int thread
 void Program::compute_wanted(const op::Rescore& o, int r, int thread, const Part& part) {
   HeadRow& head = head_rows_[r];
   const PackedLinear& w = *weights_[o.weights];
-  const int pairs = static_cast<int>(head.wanted.size()) / 2;
-  const int first = 2 * part.first_of(pairs);
-  const int last = 2 * part.end_of(pairs);
+  // Every second pair, or third, as in the second look.
+  const auto last = static_cast<int>(head.wanted.size());
+  const int first = 2 * part.share;
+  const int stride = 2 * part.shares;
   float* logits = row(o.out, r, part);
-  const auto fetch = [&](int begin, int end) {
-    for (int i = begin; i < std::min(end, last); ++i) prefetch_run(w.tile(head.wanted[i]), w.tile_bytes);
+  const auto fetch = [&](int pair) {
+    for (int i = pair; i < std::min(pair + 2, last); ++i) prefetch_run(w.tile(head.wanted[i]), w.tile_bytes);
   };
-  fetch(first, first + tiles_ahead);
-  for (int i = first; i < last; i += 2) {
+  fetch(first);
+  fetch(first + stride);
+  for (int i = first; i < last; i += stride) {
     const int count = head.wanted[i] == head.wanted[i + 1] ? 1 : 2;
-    fetch(i + tiles_ahead, i + tiles_ahead + 2);
+    fetch(i + 2 * stride);
     float before[2][lanes];
     for (int n = 0; n < count; ++n) std::copy_n(logits + head.wanted[i + n] * lanes, lanes, before[n]);
     kernels_.linear({&w, activations_[o.activations].format, activation_row(o.activations, r, part), 1, logits,
@@ -348,18 +328,18 @@ void Program::want_doubtful_tiles(int r, float reach, HeadScratch& scratch) {
   const float further = std::max(margin - likely_deviations, 0.f);
   const float* logits = logits_of(r);
   const auto list = [&](int look, std::vector<int32_t>& out) {
-    const int found = kernels_.list_reaching(head.peaks.data(), head.deviations.data(), screen().tiles, further, reach, scratch.tiles.data());
+    const int found = kernels_.list_reaching(head.peaks.data(), head.deviations.data(), screen().tiles, further, reach, scratch.listed.data());
     out.clear();
     for (int i = 0; i < found; ++i) {
-      const int32_t tile = scratch.tiles[i];
+      const int32_t tile = scratch.listed[i];
       if (head.looks[tile] != look) continue;
       float most = 0.f;
       kernels_.screened_peaks(screen(), look, logits, margin, &tile, 1, &most);
       if (!(most < reach)) out.push_back(tile);
     }
   };
-  list(0, scratch.likely[r]);
-  look_again(r, scratch.likely[r], scratch_[head.tables_by].head, scratch);
+  list(0, head.again);
+  look_again(r, head.again.data(), static_cast<int>(head.again.size()), scratch_[head.tables_by].head, scratch);
   list(1, head.wanted);
 }
 

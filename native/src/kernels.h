@@ -236,7 +236,7 @@ struct Kernels {
   // What signs of each four columns make of activations: tables [columns / 32][8][16], whose entry i has the columns with
   // the signs that its bits say. steps: of each look, what a 1 stands for.
   void (*sign_tables)(const PackedSigns&, const float* x, int8_t* tables, float* steps);
-  // The tiles at places [begin, end).
+  // Tiles [begin, end).
   void (*screen)(const ScreenTask&, int begin, int end);
   void (*second_look)(const SecondLookTask&, const int32_t* tiles, int count);
   // Of each of some tiles the largest logit after `margin` > 0 of the deviations that a look leaves.

@@ -103,11 +103,11 @@ struct Gather {  // rows of logit_rows
 };
 // The head where most of the vocabulary rests (execute_head.cpp), one after the other. Rows of which more is wanted than
 // a token get all logits.
-struct Screen {  // approximate logits of a sample out of activations in a screen's basis
+struct Screen {  // approximate logits out of activations in a screen's basis
   int x, signs, out;
   float cap;  // soft, or 0
 };
-struct SecondLook {  // of all others, and better ones of about so many tiles that hold the largest
+struct SecondLook {  // better ones of so many tiles that hold the largest
   int logits, tiles;
 };
 struct Shortlist {  // of these the tiles that do then
@@ -223,13 +223,11 @@ class Program {
     int sequence, row, rows, first_position, kv_head, segment, partial;
   };
   struct HeadScratch {  // of each logit row:
-    Memory tables;                             // sign_tables of both looks,
-    std::vector<float> steps;                  // [looks] what a 1 in them stands for,
-    std::vector<float*> out;                   // where looks write logits,
-    std::vector<float> thresholds;             // from which peak on tiles are looked at again,
-    std::vector<std::vector<int32_t>> likely;  // those that are next, and on their way from memory
-    // Some tiles, and their peaks.
-    std::vector<int32_t> tiles;
+    Memory tables;             // sign_tables of both looks,
+    std::vector<float> steps;  // [looks] what a 1 in them stands for,
+    std::vector<float*> out;   // and where looks write logits
+    // Some tiles, their peaks, and what is listed of them.
+    std::vector<int32_t> tiles, listed;
     std::vector<float> peaks;
     int8_t* tables_of(int row, const PackedSigns& w) const { return tables.as<int8_t>() + row * w.table_bytes(); }
   };
@@ -299,6 +297,11 @@ class Program {
   void execute(const op::Shortlist&, int index, int thread, const Part&);
   void execute(const op::Rescore&, int index, int thread, const Part&);
 
+  struct Peaks {  // of some tiles
+    std::vector<int32_t> tiles;
+    std::vector<float> peaks;
+  };
+
   struct HeadRow {  // of a logit row where most of the vocabulary rests
     bool screened = false;  // it began with approximate logits
     bool whole = true;      // all of its logits are exact, or are about to be
@@ -310,7 +313,8 @@ class Program {
     std::vector<char> looks;          // of each tile: the last look at it, 0 or 1, or `exact_look`
     std::vector<float> peaks;         // of each tile the largest logit, and the deviations with which tiles compete
     std::vector<float> deviations;    // of each tile the largest
-    std::vector<float> sample;        // the peaks of sampled tiles after the first look
+    std::vector<Peaks> likely;        // of each thread's share of tiles those that may be looked at again
+    std::vector<int32_t> again;       // tiles that are
     std::vector<int32_t> wanted;      // tiles to be computed, an even number
     std::vector<int32_t> exact;       // tiles that are
     std::vector<double> errors;       // of each tile wanted: squared, in units of deviations
@@ -321,13 +325,12 @@ class Program {
   void want_doubtful_tiles(int row, float reach, HeadScratch&);
   void begin_head();
   const op::Screen& screening() const;
+  const op::SecondLook& second_look() const;
   const PackedSigns& screen() const;
   template <class F>
   void for_screened_rows(const Part&, const F& f) const;
-  void look_first(int begin, int end, int first, int last, HeadScratch&, const Part&);
-  void look_again(int row, std::vector<int32_t>& tiles, const HeadScratch& made, HeadScratch&);
-  void find_peaks(int row, int look, const int32_t* tiles, int count, const float* values, HeadScratch&) const;
-  void keep_peaks(int row, int look, const int32_t* tiles, int count, const float* peaks);
+  void look_again(int row, const int32_t* tiles, int count, const HeadScratch& made, HeadScratch&);
+  void keep_peaks(int row, int look, const int32_t* tiles, int count, const float* values, HeadScratch&);
   bool is_finished(int row) const;
   bool has_noise(int row) const;
   float* logits_of(int row) const { return buffers_[logits_].memory.as<float>() + row * logits_stride(); }

@@ -9,20 +9,12 @@
 #include "bits.h"
 
 namespace fallow {
-namespace {
-
-constexpr int large_stride = 8;     // both as in models/head_screen.py, whose shortlist is the reference
-constexpr int least_sampled = 64;  // tiles: what they tell of others is right within an eighth or so
-
-}  // namespace
-
 PackedSigns::PackedSigns(int out_features, int in_features, std::vector<SignColumn> given, int first_columns)
     : out_features(out_features),
       in_features(in_features),
       columns(std::move(given)),
       first_columns(first_columns),
-      tiles((out_features + lanes - 1) / lanes),
-      places((out_features + lanes - 1) / lanes) {
+      tiles((out_features + lanes - 1) / lanes) {
   if (out_features <= 0 || in_features < directions || columns.empty() || columns.size() % group != 0) {
     throw std::invalid_argument("a screen needs rows, directions, and columns in multiples of " + std::to_string(group) + ", not " +
                                 std::to_string(columns.size()));
@@ -33,14 +25,6 @@ PackedSigns::PackedSigns(int out_features, int in_features, std::vector<SignColu
   }
   const auto is_known = [&](const SignColumn& c) { return c.direction >= 0 && c.direction < in_features; };
   if (!std::all_of(columns.begin(), columns.end(), is_known)) throw std::invalid_argument("a column of the screen is along a direction that there is not");
-  const int stride = tiles >= large_stride * least_sampled ? large_stride : 1;
-  sampled = (tiles + stride - 1) / stride;
-  for (int from = 0; from < stride; ++from) {
-    for (int t = from; t < tiles; t += stride) {
-      places[t] = static_cast<int32_t>(order.size());
-      order.push_back(t);
-    }
-  }
   bytes = static_cast<size_t>(tiles) * (tile_bytes(0) + tile_bytes(1));
   memory = Memory(bytes);
   data = memory.data();

@@ -3,8 +3,7 @@
 // there: a direction that matters more has several, each the sign of what those before it leave. There are two looks: the
 // first one at the codes and the columns that matter most, of all rows; the second one at the other columns, of rows that
 // are likely. What they read lies apart. With each comes how far off a row's logit is after it: the standard deviation
-// over some text. The first look begins with a sample of the tiles, one in `stride`, which tells how likely others have to
-// be: what it reads lies in the order of the numbers of tiles modulo the stride, which makes long parts of it alike too.
+// over some text.
 //
 // A tile holds sixteen rows (lanes are rows; those beyond the last are zero):
 //   codes       [4][16 rows], of the first look alone: of a direction, c stands for code_step * (c - 128)
@@ -36,9 +35,6 @@ struct PackedSigns {
   std::vector<SignColumn> columns;  // those of the first look, and then those of the second: multiples of 32
   int first_columns = 0;            // how many the first look has
   int tiles = 0;
-  int sampled = 0;              // how many tiles the sample has
-  std::vector<int32_t> order;   // in which the first look is at tiles,
-  std::vector<int32_t> places;  // and where each tile is in it
   Memory memory;  // its own, until it is moved to an arena
   uint8_t* data = nullptr;
   size_t bytes = 0;
@@ -54,8 +50,7 @@ struct PackedSigns {
   size_t scales_at(int look) const { return signs_at(look) + groups(look) * group_bytes; }
   size_t deviations_at(int look) const { return scales_at(look) + lanes * sizeof(uint16_t); }
   size_t tile_bytes(int look) const { return deviations_at(look) + lanes * sizeof(uint16_t); }
-  uint8_t* at_place(int place) const { return data + place * tile_bytes(0); }
-  uint8_t* tile(int look, int t) const { return look == 0 ? at_place(places[t]) : at_place(tiles) + t * tile_bytes(1); }
+  uint8_t* tile(int look, int t) const { return data + (look == 0 ? 0 : tiles * tile_bytes(0)) + t * tile_bytes(look); }
   const uint16_t* deviations(int look, int t) const { return reinterpret_cast<const uint16_t*>(tile(look, t) + deviations_at(look)); }
 
   PackedSigns() = default;

@@ -87,13 +87,12 @@ FALLOW_INLINE void sum_signs(const uint8_t* signs, int groups, const int8_t* tab
 
 // MR rows of activations by a tile.
 template <class S, int MR>
-FALLOW_INLINE void screen_tile(const ScreenTask& task, int row, int place, const uint8_t* next, size_t fetch) {
+FALLOW_INLINE void screen_tile(const ScreenTask& task, int row, int tile, const uint8_t* next, size_t fetch) {
   using F = typename S::F;
   using I = typename S::I;
   const PackedSigns& w = *task.weights;
   const float* x = task.x + row * task.x_stride;
-  const uint8_t* t = w.at_place(place);
-  const int tile = w.order[place];
+  const uint8_t* t = w.tile(0, tile);
   F along[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) along[m] = S::zero();
@@ -118,26 +117,30 @@ void screen(const ScreenTask& task, int begin, int end) {
   constexpr size_t ahead = 8192;
   const PackedSigns& w = *task.weights;
   const size_t a_group = (w.tile_bytes(0) + w.groups(0) - 1) / w.groups(0);
-  for (int place = begin; place < end; ++place) {
+  for (int tile = begin; tile < end; ++tile) {
     for (int row = 0; row < task.rows;) {
       const int take = std::min(S::max_rows, task.rows - row);
       const size_t fetch = row == 0 ? a_group : 0;
-      with_rows<S>(take, [&](auto rows) { screen_tile<S, decltype(rows)::value>(task, row, place, w.at_place(place) + ahead, fetch); });
+      with_rows<S>(take, [&](auto rows) { screen_tile<S, decltype(rows)::value>(task, row, tile, w.tile(0, tile) + ahead, fetch); });
       row += take;
     }
   }
 }
 
-// Tiles lie apart: who lists them fetches them.
+// Tiles lie apart: each is fetched while others before it are looked at.
 template <class S>
 void second_look(const SecondLookTask& task, const int32_t* tiles, int count) {
   using F = typename S::F;
+  constexpr int ahead = 4;
   const PackedSigns& w = *task.weights;
+  const size_t a_group = (w.tile_bytes(1) + w.groups(1) - 1) / w.groups(1);
+  for (int i = 0; i < std::min(ahead, count); ++i) prefetch_run(w.tile(1, tiles[i]), w.tile_bytes(1));
   for (int i = 0; i < count; ++i) {
     const int tile = tiles[i];
     const uint8_t* t = w.tile(1, tile);
+    const bool last = i + ahead >= count;
     typename S::I signs[1];
-    sum_signs<S, 1>(t, w.groups(1), task.tables + w.tables_at(1), w.table_bytes(), t, 0, signs);
+    sum_signs<S, 1>(t, w.groups(1), task.tables + w.tables_at(1), w.table_bytes(), last ? t : w.tile(1, tiles[i + ahead]), last ? 0 : a_group, signs);
     const F scales = S::mul(S::load_bf16(reinterpret_cast<const uint16_t*>(t + w.scales_at(1))), S::set1(task.step));
     S::store(task.out + tile * lanes, S::fma(S::to_float(signs[0]), scales, S::load(task.out + tile * lanes)));
   }

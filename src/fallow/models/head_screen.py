@@ -8,7 +8,7 @@ and one scale for all signs. A direction gets as many signs as it is worth, each
 reverse water-filling shares bits out over components of different variance (Cover and Thomas, Elements of Information
 Theory, section 10.3.3); no direction's worth is trusted to the full, as other text has other hidden states.
 
-The signs that are worth most are looked at for all rows, the others for the likeliest sixth of them in a second look,
+The signs that are worth most are looked at for all rows, the others for the likeliest twelfth of them in a second look,
 after which the largest logits are told apart (as codes of product quantisation are refined for what is ranked again:
 Jégou et al., Searching in one billion vectors: re-rank with source coding, ICASSP 2011).
 """
@@ -34,8 +34,7 @@ DIRECTIONS = 4
 SIGN_GROUP = 32  # columns whose signs lie together: hidden sizes are multiples of it
 LOOKS = 2
 LIKELY = 3.0
-_LOOKED_AT_AGAIN = 6  # one of so many tiles
-_SAMPLE_STRIDE, _LEAST_SAMPLED = 8, 64  # as the engine samples tiles (native/src/signs.cpp)
+_LOOKED_AT_AGAIN = 12  # one of so many tiles
 SCREEN_FILE = "head_screen.safetensors"
 _BLOCK = 4096  # rows at a time
 _UNSEEN_VARIANCE = 0.5  # of hidden states in any direction, in units of the median one: what text did not show may be
@@ -182,18 +181,15 @@ class HeadScreen:
 
     def shortlist(self, hidden: Float32, head: RawTensor, candidates: int, *, tile: int) -> list[Int64]:
         """The tiles of ``tile`` tokens that are computed at once for each row of ``hidden [n, hidden]``: those that
-        hold the largest logits after the second look, ``LIKELY`` deviations added, among those in which a logit is as
-        large, after the first one, as in about so many as ``likely_tiles``, by what a sample of the tiles tells."""
+        hold the largest logits after the second look, ``LIKELY`` deviations added, among the ``likely_tiles`` that
+        do after the first one."""
         first, second = (
             _peaks(self.logits(hidden, head, look=look) + LIKELY * self.deviations[look], tile) for look in range(LOOKS)
         )
-        every, tiles = first.shape[1], -(-candidates // tile)
-        sample = first[:, :: _SAMPLE_STRIDE if every >= _SAMPLE_STRIDE * _LEAST_SAMPLED else 1]
-        wanted = min(-(-likely_tiles(every, tiles) * sample.shape[1] // every), sample.shape[1])
-        least = -np.sort(-sample, 1)[:, wanted - 1]
+        tiles = -(-candidates // tile)
         found = []
-        for before, after, enough in zip(first, second, least, strict=True):
-            likely = np.flatnonzero(before >= enough)
+        for before, after in zip(first, second, strict=True):
+            likely = np.sort(np.argsort(-before, kind="stable")[: likely_tiles(len(before), tiles)])
             found.append(np.sort(likely[np.argsort(-after[likely], kind="stable")[:tiles]]))
         return found
 

@@ -21,14 +21,14 @@ from fallow.models.tensors import Checkpoint
 from fallow.plan import LayerRule
 from fallow.sparsification.choices import Load
 
-CANDIDATES = 1024
-"""Tokens that are computed at once: one choice in six needs more, and they are 2.1% of 49,152."""
+CANDIDATES = 768
+"""Tokens that are computed at once: one choice in six needs more, and they are 1.6% of 49,152."""
 OWN_TEXTS = (12, 512)
 """How many texts of how many tokens the model writes for its screen: a basis needs more of them than it has
 directions, and what the model writes is what it chooses words after."""
 _MOST_SEQUENCES = 16
 """Each has a shortlist of its own: with 32 they take as long as the whole head, read once for all."""
-_LEAST_VOCABULARY = 16 * CANDIDATES  # below it the whole head is not much more
+_LEAST_VOCABULARY = 16_384  # below it the whole head is not much more
 
 
 def screens_head(checkpoint: Checkpoint, load: Load) -> bool:
