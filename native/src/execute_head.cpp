@@ -134,8 +134,8 @@ void Program::execute(const op::SecondLook& o, int, int thread, const Part& part
   for_screened_rows(part, [&](int begin, int end) {
     for (int r = begin; r < end; ++r) {
       HeadRow& head = head_rows_[r];
-      // Each thread lists for itself what all shares have, and takes its part of that: every second tile, or third, since
-      // where one is likely others are, which the processor fetches by itself.
+      // Each thread lists for itself what all shares have, and takes its part of that: every second tile, or third, so that
+      // none has all of those that lie side by side, which come faster.
       int count = 0;
       for (int share = 0; share < part.shares; ++share) {
         const Peaks& likely = head.likely[share];
