@@ -18,6 +18,15 @@ _CHATML = (
 )
 
 
+def pytest_configure() -> None:
+    """Each of several processes has a core of its own, and what it starts has too: engines whose threads wait for each
+    other on the same cores would take many times as long."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The file of SmolLM2-135M-Instruct, Q4_1: ``$FALLOW_TEST_GGUF``, or the store's, pulled where it is not there."""

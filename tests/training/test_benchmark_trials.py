@@ -65,6 +65,7 @@ def test_trials_are_run_once_and_tabled(
     assert results.read_text().splitlines()[:2] == [json.dumps(line) for line in lines]
     assert len(results.read_text().splitlines()) == 3
     monkeypatch.setattr(benchmark, "RESULTS", results)
+    monkeypatch.delenv("COLUMNS", raising=False)  # as wide as the table is
     capsys.readouterr()
     benchmark.print_results()
     table = capsys.readouterr().out
