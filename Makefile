@@ -19,7 +19,7 @@ demo: .venv/.installed  ## the main job: fetch a real model, one streamed answer
 	.venv/bin/fallow bench --quick
 
 test: .venv-test/.installed  ## the tests, a process on each core, in an environment of their own
-	.venv-test/bin/python -m pytest -ra --durations=5 --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+	.venv-test/bin/python -m pytest -ra --durations=5 --numprocesses auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: .venv-test/.installed  ## the tests that take minutes
 	.venv-test/bin/python -m pytest -ra -m slow --durations=5 $(PYTEST_ARGS)

@@ -18,13 +18,24 @@ _CHATML = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """As many as there are cores that may be used, whatever the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
 def pytest_configure() -> None:
-    """Each of several processes has a core of its own, and what it starts has too: engines whose threads wait for each
-    other on the same cores would take many times as long."""
+    """Each of several processes has its share of the cores, and what it starts has too: engines whose threads wait for
+    each other on the same cores would take many times as long."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker is not None and hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    if worker is None or not hasattr(os, "sched_setaffinity"):
+        return
+    from fallow.server.replicas import split_cores
+
+    shares = split_cores(sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    share = shares[int(worker.removeprefix("gw"))]
+    if share is not None:
+        os.sched_setaffinity(0, share)
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,8 @@ void Program::prepare_head() {
       largest_deviations_[look].push_back(most);
     }
   }
+  all_tiles_.resize(w.tiles);
+  std::iota(all_tiles_.begin(), all_tiles_.end(), 0);
   const int rows = limits_.max_logit_rows;
   first_logits_ = Memory(rows * logits_stride() * sizeof(float), Pages::small);
   for (ThreadScratch& scratch : scratch_) {
@@ -51,7 +53,7 @@ void Program::prepare_head() {
     head.tables = Memory(rows * w.table_bytes());
     head.steps.resize(rows * PackedSigns::looks);
     head.out.resize(rows);
-    head.tiles.resize(w.tiles + 1);
+    head.tiles.resize(w.tiles);
     head.listed.resize(w.tiles + 1);
     head.peaks.resize(w.tiles);
   }
@@ -100,7 +102,6 @@ void Program::execute(const op::Screen& o, int, int thread, const Part& part) {
   HeadScratch& scratch = scratch_[thread].head;
   const int first = part.first_of(w.tiles);
   const int last = part.end_of(w.tiles);
-  std::iota(scratch.tiles.begin() + first, scratch.tiles.begin() + last, first);
   for_screened_rows(part, [&](int begin, int end) {
     // Each thread makes all tables for itself, of both looks: that takes less time than one more barrier.
     for (int r = begin; r < end; ++r) {
@@ -113,7 +114,7 @@ void Program::execute(const op::Screen& o, int, int thread, const Part& part) {
       kernels_.screen({&w, row(o.x, begin, part), buffers_[o.x].stride, scratch.tables_of(begin, w),
                        scratch.steps.data() + begin * PackedSigns::looks, end - begin, scratch.out.data() + begin},
                       from, to);
-      for (int r = begin; r < end; ++r) keep_peaks(r, 0, scratch.tiles.data() + from, to - from, scratch.out[r], scratch);
+      for (int r = begin; r < end; ++r) keep_peaks(r, 0, all_tiles_.data() + from, to - from, scratch.out[r], scratch);
     }
     for (int r = begin; r < end; ++r) {
       const float* peaks = head_rows_[r].peaks.data() + first;

@@ -226,7 +226,7 @@ class Program {
     Memory tables;             // sign_tables of both looks,
     std::vector<float> steps;  // [looks] what a 1 in them stands for,
     std::vector<float*> out;   // and where looks write logits
-    // Some tiles, their peaks, and what is listed of them.
+    // Likely tiles, peaks of some, and what is listed of them.
     std::vector<int32_t> tiles, listed;
     std::vector<float> peaks;
     int8_t* tables_of(int row, const PackedSigns& w) const { return tables.as<int8_t>() + row * w.table_bytes(); }
@@ -320,6 +320,7 @@ class Program {
     std::vector<double> errors;       // of each tile wanted: squared, in units of deviations
   };
   Memory first_logits_;  // [max_logit_rows][logits_stride] of the first look, where logits go through more after it
+  std::vector<int32_t> all_tiles_;  // of the head, in order
   std::vector<float> largest_deviations_[PackedSigns::looks];  // of each tile, together: the screen's own lie far apart
   void prepare_head();
   void want_doubtful_tiles(int row, float reach, HeadScratch&);
